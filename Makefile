@@ -1,0 +1,54 @@
+# `make demo` and `make test` are all that a newcomer needs; both make .venv by themselves.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+PACKAGES := ollm-core ollm-offload
+SOURCES := $(PACKAGES:%=packages/%/src)
+
+.PHONY: help setup demo test nightly lint types imports docs wheels check clean
+
+help:
+	@echo "make demo     run a small model from disk-backed keys and values and compare it with stock transformers"
+	@echo "make test     all tests"
+	@echo "make check    lint, types, import contracts, docs"
+	@echo "make wheels   build every wheel and test each alone with core in a clean environment"
+	@echo "make nightly  what takes longer than a test run may"
+	@echo "make clean    remove what make made"
+
+setup: $(READY)
+
+$(READY): constraints.txt requirements-dev.txt $(PACKAGES:%=packages/%/pyproject.toml)
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -r requirements-dev.txt $(PACKAGES:%=-e packages/%)
+	@touch $@
+
+demo: setup
+	$(BIN)/python demo/run.py
+
+test: setup
+	$(BIN)/python -m pytest
+
+nightly: setup
+	$(BIN)/python -m pytest --hypothesis-profile=nightly
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: setup
+	$(BIN)/mypy $(SOURCES)
+
+imports: setup
+	$(BIN)/lint-imports
+
+docs: setup
+	$(BIN)/sphinx-build -W --keep-going -q -b html docs docs/_build/html
+
+wheels: setup
+	$(BIN)/python tests/wheels.py
+
+check: lint types imports docs
+
+clean:
+	rm -rf $(VENV) dist docs/_build demo/work

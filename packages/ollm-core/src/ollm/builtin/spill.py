@@ -1,0 +1,23 @@
+"""`auto`: the default spill policy, a pure function of the device and of the memory that is free."""
+
+from __future__ import annotations
+
+from ollm.plugin import KVGeometry, MemorySnapshot, SpillPlan, SpillPolicy
+
+_MIB = 2**20
+
+
+class AutoSpill(SpillPolicy):
+    """Flush at 128 tokens or 8 MiB per layer on a CPU, 64 tokens or 4 MiB elsewhere, where memory is dearer.
+
+    Without a budget, a quarter of the free host memory holds resident extents: the rest is left to activations, to
+    the weights of other models and to other programs.
+    """
+
+    def plan(self, geometry: KVGeometry, memory: MemorySnapshot, budget: int | None) -> SpillPlan:
+        on_cpu = memory.device_type == "cpu"
+        return SpillPlan(
+            flush_tokens=128 if on_cpu else 64,
+            flush_bytes=(8 if on_cpu else 4) * _MIB,
+            resident_bytes=memory.host_free // 4 if budget is None else budget,
+        )

@@ -1,0 +1,103 @@
+"""`ollm plugins`: what is installed, what it offers, and what is broken and why."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any
+
+import attrs
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from ollm.contracts.options import describe_options
+from ollm.registry import Kind, Offer, PluginReport, Registry, Status, registry
+
+_STYLES = {Status.LOADED: "green", Status.BROKEN: "bold red", Status.DISABLED: "yellow"}
+
+
+def plugins(
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Also print options and downsides.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, with everything that -v prints.")] = False,
+) -> None:
+    """List every plugin with its distribution, version and strategies; for broken ones, the reason.
+
+    Exit code 0, also when plugins are broken: they are reported and disturb nothing.
+    """
+    found = registry()
+    if as_json:
+        typer.echo(json.dumps({"plugins": [_as_dict(found, report) for report in found.reports]}, indent=2))
+        return
+    console = Console(soft_wrap=True, highlight=False)
+    for index, report in enumerate(found.reports):
+        if index:
+            console.print()
+        _print_report(console, found, report, verbose)
+
+
+def _print_report(console: Console, found: Registry, report: PluginReport, verbose: bool) -> None:
+    head = Text(f"{report.distribution} {report.version}", style="bold")
+    head.append(f"  plugin '{report.name}' in {report.module}: ", style="not bold")
+    head.append(report.status.value, style=_STYLES[report.status])
+    console.print(head)
+    if report.reason:
+        console.print(Text(f"  {report.reason}"))
+    for warning in report.warnings:
+        console.print(Text(f"  warning: {warning}", style="yellow"))
+    table = Table(box=None, show_header=False, padding=(0, 2, 0, 2))
+    for offer in report.offers:
+        table.add_row(Text(offer.kind.label, style="dim"), Text(found.name_of(offer), style="cyan"), _summary(offer))
+        if verbose:
+            for line in _details(offer):
+                table.add_row("", "", Text(line, style="dim"))
+    if report.offers:
+        console.print(table)
+
+
+def _summary(offer: Offer) -> Text:
+    return Text(offer.strategy.summary)
+
+
+def _details(offer: Offer) -> list[str]:
+    lines = []
+    facts = offer.strategy.facts
+    if facts is not None:
+        lines.append(
+            f"{'lossless' if facts.lossless else 'lossy'}; "
+            f"{'full history' if facts.full_history else 'keeps a window: changes semantics'}; "
+            f"folder: {facts.directory or 'none'}; spill policy: {facts.spill_policy}"
+        )
+        if facts.downsides:
+            lines.append(f"downsides: {facts.downsides}")
+    for info in describe_options(offer.strategy.options):
+        lines.append(f"option {info.name} ({info.type}, default {info.default}): {info.help}")
+    return lines
+
+
+def _as_dict(found: Registry, report: PluginReport) -> dict[str, Any]:
+    return {
+        "name": report.name,
+        "module": report.module,
+        "distribution": report.distribution,
+        "version": report.version,
+        "status": report.status.value,
+        "reason": report.reason or None,
+        "warnings": list(report.warnings),
+        "strategies": [_strategy_as_dict(found, offer) for offer in report.offers],
+    }
+
+
+def _strategy_as_dict(found: Registry, offer: Offer) -> dict[str, Any]:
+    facts = offer.strategy.facts
+    return {
+        "kind": Kind(offer.kind).label,
+        "name": found.name_of(offer),
+        "qualified_name": offer.qualified_name,
+        "summary": offer.strategy.summary,
+        "facts": attrs.asdict(facts) if facts else None,
+        "options": [
+            {"name": info.name, "type": info.type, "default": info.default, "help": info.help}
+            for info in describe_options(offer.strategy.options)
+        ],
+    }

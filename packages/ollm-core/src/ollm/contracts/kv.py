@@ -1,0 +1,145 @@
+"""The KV contract: where the keys and values of one cache live, and how their raw bytes become tensors again.
+
+A store keeps what core hands it, in position order. It knows nothing of attention, masks, models, batches being
+reordered, or readers: core does the reading, the pinning and the row bookkeeping for every store alike.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import attrs
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ollm.storage.segments import SegmentedStorage
+
+StorageFactory = Callable[[], "SegmentedStorage"]
+
+
+@attrs.frozen
+class Extent:
+    """A run of consecutive tokens of one layer, stored as one piece. Immutable; compared by value."""
+
+    layer: int
+    start: int
+    """Position of the first token."""
+    tokens: int
+    rows: int
+    """Batch rows it was written with. Core maps the rows of today onto them."""
+    nbytes: int
+    """Length of the raw bytes that `decode` takes."""
+    segment: int = -1
+    """Which file of the storage holds the bytes; -1 when they are in no file."""
+    offset: int = -1
+    """Where the raw bytes begin in that file. A store without files may number its extents here: one that takes the
+    place of a dropped extent must not equal it, for a reader may still hold the old one."""
+
+    @property
+    def stop(self) -> int:
+        """Position after the last token."""
+        return self.start + self.tokens
+
+
+@attrs.frozen
+class KVBlock:
+    """Keys `[rows, kv_heads, tokens, key_size]` and values `[rows, kv_heads, tokens, value_size]` of an extent."""
+
+    keys: Tensor
+    values: Tensor
+
+
+@attrs.frozen
+class Commit:
+    """What a durable store must be able to restore: committed tokens, and core's own tail and identity as JSON."""
+
+    tokens: int
+    entry: dict[str, Any] = attrs.field(factory=dict)
+
+
+@attrs.frozen(kw_only=True)
+class StoreStats:
+    """Counters of a store. Sizes in bytes; counters since the store was made."""
+
+    disk_bytes: int = 0
+    """Bytes that the store's files take now, headers and alignment included."""
+    memory_bytes: int = 0
+    """Bytes of keys and values that the store itself holds in memory."""
+    bytes_written: int = 0
+    bytes_read: int = 0
+    compactions: int = 0
+    evictions: int = 0
+    evicted_tokens: int = 0
+    representation: str = "exact"
+    """How cold keys and values are represented, such as `exact` or `int8-symmetric-per-tensor`."""
+
+
+class KVStore(ABC):
+    """Keeps the keys and values of one cache. One writer at a time; any number of readers.
+
+    Keys and values arrive per layer as `[rows, kv_heads, tokens, head_size]`, keys after RoPE and heads not
+    repeated; key and value head sizes may differ. The first `append` to a layer fixes its shapes and dtype until the
+    layer is truncated to zero.
+    """
+
+    extent_tokens: int | None = None
+    """Tokens that every extent must hold exactly; `None` lets core cut extents of any size."""
+
+    storage: SegmentedStorage | None = None
+    """The storage that holds the extents' bytes, from which core reads; `None` for stores that override `read`."""
+
+    @abstractmethod
+    def append(self, layer: int, keys: Tensor, values: Tensor) -> None:
+        """Keep these tokens as one extent after the last one of `layer`.
+
+        The tensors belong to the caller, who changes them later: copy, never alias. All or nothing: after an error
+        `extents(layer)` is what it was.
+        """
+
+    @abstractmethod
+    def extents(self, layer: int) -> Sequence[Extent]:
+        """The extents of `layer`: immutable, contiguous from position 0 (from the window's start, where there is one),
+        in order. A later append or truncate makes a new sequence and leaves this one as it is."""
+
+    @abstractmethod
+    def decode(self, extent: Extent, raw: Tensor, out: KVBlock | None) -> KVBlock:
+        """Turn raw bytes (uint8, on the compute device, exactly `extent.nbytes`) into keys and values.
+
+        Where the format is raw this is a view of `raw`. A format that must compute writes into `out` if it is given;
+        either way the block that holds the result is returned.
+        """
+
+    @abstractmethod
+    def truncate(self, layer: int, length: int) -> None:
+        """Drop every token of `layer` from position `length` on; `length` is always an extent's border.
+
+        The bytes of dropped extents may still be read: they become free when core calls `release`.
+        """
+
+    def release(self, extents: Sequence[Extent]) -> None:  # noqa: B027
+        """Dropped extents that no reader holds any more: their bytes may be reused now. Default: nothing."""
+
+    def read(self, extent: Extent) -> Tensor:
+        """The raw bytes of an extent as a uint8 tensor on the host. Core calls this from its I/O workers.
+
+        Raises:
+            CorruptDataError: when the bytes are not those that were appended.
+        """
+        if self.storage is None:
+            raise NotImplementedError(f"{type(self).__name__} has no `storage`: it must override `read`.")
+        return self.storage.read(extent)
+
+    def commit(self, entry: Commit) -> None:  # noqa: B027
+        """Make all that was appended durable. Called for persistent caches only. Default: nothing."""
+
+    def close(self) -> None:
+        """Free everything, on disk too for a runtime-scoped cache. May be called twice."""
+        if self.storage is not None:
+            self.storage.close()
+
+    def stats(self) -> StoreStats:
+        """Counters for `cache.state()`."""
+        return self.storage.stats() if self.storage is not None else StoreStats()

@@ -1,0 +1,88 @@
+"""`Strategy`: the record that a plugin answers with, the same for all four kinds."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+import attrs
+
+from ollm.contracts.options import NoOptions
+
+if TYPE_CHECKING:
+    import torch
+
+    from ollm.contracts.kv import StorageFactory
+    from ollm.contracts.spill import KVGeometry
+
+T_co = TypeVar("T_co", covariant=True)
+
+_NAME = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")
+
+
+def _check_name(_: object, attribute: attrs.Attribute[str], value: object) -> None:
+    if not isinstance(value, str) or not _NAME.fullmatch(value):
+        raise ValueError(f"{attribute.name}={value!r}: use lower-case words joined by '-', such as 'sliding-window'")
+
+
+def _check_options(_: object, attribute: attrs.Attribute[type], value: object) -> None:
+    if not isinstance(value, type) or not attrs.has(value):
+        raise TypeError(f"{attribute.name}={value!r}: must be a class made with attrs")
+
+
+@attrs.frozen(kw_only=True)
+class KVFacts:
+    """What planner and CLI need to know of a KV strategy without building it."""
+
+    lossless: bool
+    """Whether what is read equals what was appended, bit for bit."""
+    full_history: bool = True
+    """Whether every token stays; `False` for strategies that keep a window and so change the model's semantics."""
+    directory: str | None = None
+    """Folder below `cache_dir`, such as `kv_cache_chunked`; `None` for strategies that never touch a disk."""
+    spill_policy: str = "auto"
+    """Spill policy used when the caller names none."""
+    downsides: str = ""
+    """What one gives up by choosing it, in a sentence."""
+
+
+@attrs.frozen
+class BuildContext:
+    """What `Strategy.build` receives: the caller's options, checked against `Strategy.options`."""
+
+    options: Any
+
+
+@attrs.frozen(kw_only=True)
+class KVBuildContext(BuildContext):
+    """What the `build` of a KV strategy receives."""
+
+    geometry: KVGeometry
+    """Shapes that core expects from the model's config, for planning: the first `append` to a layer decides."""
+    device: torch.device
+    """Where attention runs and where raw bytes are handed to `decode`."""
+    storage: StorageFactory
+    """Opens this cache's private folder and returns a `SegmentedStorage` in it."""
+
+
+@attrs.frozen(kw_only=True)
+class Strategy(Generic[T_co]):
+    """One named choice that a plugin offers: a KV store, a spill policy, a placement or a model adapter.
+
+    Raises:
+        ValueError, TypeError: from the constructor, when a field breaks its rule.
+    """
+
+    name: str = attrs.field(validator=_check_name)
+    """Lower-case words joined by `-`. First-party names are reserved; see `ollm plugins`."""
+    summary: str = attrs.field(validator=[attrs.validators.instance_of(str), attrs.validators.min_len(1)])
+    """One line for `ollm plugins`."""
+    build: Callable[[Any], T_co] = attrs.field(validator=attrs.validators.is_callable())
+    """Makes the object, importing what is heavy. Takes a `BuildContext` (`KVBuildContext` for KV stores)."""
+    options: type = attrs.field(default=NoOptions, validator=_check_options)
+    """An attrs class: its fields are the options, with defaults, validators and `help`."""
+    facts: KVFacts | None = attrs.field(
+        default=None, validator=attrs.validators.optional(attrs.validators.instance_of(KVFacts))
+    )
+    """Required for KV strategies, `None` for the other kinds."""

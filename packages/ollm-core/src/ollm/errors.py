@@ -1,0 +1,90 @@
+"""Every error that ollm raises on purpose, in one place, under one base class.
+
+A message says what failed, on what, and what to do next. Errors that callers of transformers already
+expect (`ValueError` for a bad argument, `NotImplementedError` for an operation that cannot be done) keep
+that second base, so that generic handlers go on working.
+"""
+
+
+class OllmError(Exception):
+    """Base class of all errors that ollm raises on purpose."""
+
+
+class ConfigurationError(OllmError, ValueError):
+    """An argument, option or setting is wrong; the message names it and the choices."""
+
+
+class UnknownStrategyError(ConfigurationError):
+    """No plugin offers a strategy of that name; the message lists those that do, and what failed to load."""
+
+
+class AmbiguousStrategyError(ConfigurationError):
+    """Several distributions offer this name, so it belongs to nobody; use the qualified name."""
+
+
+class PluginError(OllmError):
+    """A plugin broke the contract; the message names plugin, hook and what is wrong."""
+
+
+class StoreContractError(PluginError):
+    """A KV store answered something that its contract rules out (lengths, order, shapes, dtypes)."""
+
+
+class ModelDirectoryError(OllmError):
+    """A local model directory is missing, incomplete or of a kind that is refused; the message says which."""
+
+
+class DeviceError(ConfigurationError):
+    """The requested device does not exist here or is not supported."""
+
+
+class NotLoadedError(OllmError, RuntimeError):
+    """An operation needs a loaded model; call `ini_model` first."""
+
+
+class MissingExtraError(OllmError, ImportError):
+    """A feature needs a distribution that is not installed; the message holds the install command."""
+
+
+class CacheError(OllmError):
+    """Base class of errors of a KV cache at work."""
+
+
+class CacheDirectoryError(CacheError):
+    """The cache directory cannot be used: not writable, not ours, or not safe (links, foreign owners, modes)."""
+
+
+class CacheBusyError(CacheError):
+    """Another process owns what was asked for."""
+
+
+class CacheClosedError(CacheError, RuntimeError):
+    """The cache was closed; make a new one."""
+
+
+class CacheForkedError(CacheError, RuntimeError):
+    """A cache was used in a process that was forked after the cache was made."""
+
+
+class InterruptedForwardError(CacheError, RuntimeError):
+    """An earlier forward pass stopped half-way, so the layers disagree on their length; call `reset()`."""
+
+
+class UnsupportedOperationError(CacheError, NotImplementedError):
+    """This model's layers cannot do the operation (cropping a recurrent state, or past a sliding window)."""
+
+
+class StorageError(CacheError):
+    """Reading or writing stored keys and values failed."""
+
+
+class DiskFullError(StorageError):
+    """No room for more keys and values; the message names the bytes needed and the bytes free."""
+
+
+class CorruptDataError(StorageError):
+    """Stored bytes are not what was asked for: damaged, misplaced, truncated or of a foreign format."""
+
+
+class NonFiniteError(StorageError, ValueError):
+    """Keys or values hold NaN or Inf where a format cannot keep them."""

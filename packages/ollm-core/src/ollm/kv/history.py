@@ -1,0 +1,164 @@
+"""One layer's keys and values since the beginning: extents in the store, then the tail.
+
+Knows positions, rows and when to flush. Knows nothing of attention, masks or how a store keeps its bytes.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ollm.contracts.kv import KVBlock
+from ollm.errors import StoreContractError
+from ollm.kv.rows import RowMap, select
+from ollm.kv.session import EXTENT_BYTES, KVSession
+from ollm.kv.tail import Pending, Tail
+from ollm.storage.tensors import LayerLayout
+
+
+class LayerHistory:
+    """All tokens of one layer. `append` and `gather` take and give `[rows, kv_heads, tokens, size]`."""
+
+    def __init__(self, layer: int, session: KVSession) -> None:
+        self.layer = layer
+        self.tail = Tail()
+        self.rows = 0
+        self._session = session
+        self._layout: LayerLayout | None = None
+        self._device = torch.device("cpu")
+        self._row_maps: list[RowMap] = []
+
+    @property
+    def stored_tokens(self) -> int:
+        """Tokens in the store."""
+        extents = self._session.store.extents(self.layer)
+        return extents[-1].stop if extents else 0
+
+    @property
+    def tokens(self) -> int:
+        """Tokens in all: the true sequence length."""
+        return self.stored_tokens + self.tail.tokens
+
+    def append(self, keys: Tensor, values: Tensor) -> None:
+        """Add tokens, flushing the tail when the plan says so. After an error the history is what it was."""
+        self._check(keys, values)
+        pending = Pending(self.tail, keys, values)
+        flush = self._tokens_to_flush(pending.tokens)
+        if not flush:
+            self.tail.append(keys, values)
+            return
+        before = self.stored_tokens
+        try:
+            for start, stop in self._cuts(flush):
+                self._session.append(self.layer, *pending.slice(start, stop))
+        except BaseException:
+            self._session.truncate(self.layer, before)
+            raise
+        self._row_maps += [None] * (len(self._session.store.extents(self.layer)) - len(self._row_maps))
+        self._session.spills += 1
+        rest = Tail()
+        if flush < pending.tokens:
+            rest.append(*pending.slice(flush, pending.tokens))
+        self.tail = rest
+
+    def gather(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Everything that came before, with the given tokens behind it, as two tensors of their own."""
+        self._check(keys, values)
+        before = self.tokens
+        if before == 0:
+            return keys, values
+        shape = (*keys.shape[:2], before + keys.shape[2])
+        all_keys = keys.new_empty((*shape, keys.shape[3]))
+        all_values = values.new_empty((*shape, values.shape[3]))
+        self._fill(all_keys, all_values)
+        stored = before - self.tail.tokens
+        if self.tail.tokens:
+            all_keys[:, :, stored:before] = self.tail.keys
+            all_values[:, :, stored:before] = self.tail.values
+        all_keys[:, :, before:] = keys
+        all_values[:, :, before:] = values
+        return all_keys, all_values
+
+    def crop(self, length: int) -> None:
+        """Keep the first `length` tokens: cuts the tail, then whole extents, then puts the remainder in the tail."""
+        stored = self.stored_tokens
+        if length >= stored:
+            self.tail.crop(length - stored)
+        else:
+            remainder, border = self._remainder(length)
+            self._session.truncate(self.layer, border)
+            del self._row_maps[len(self._session.store.extents(self.layer)) :]
+            self.tail.crop(0)
+            if remainder is not None:
+                self.tail.append(remainder.keys, remainder.values)
+        if length == 0:
+            self.rows, self._layout = 0, None
+
+    def select_rows(self, index: Tensor) -> None:
+        """Make the batch `batch[index]`, copying nothing that is stored. `index`: int64, on any device."""
+        if not self.rows:
+            return
+        self._row_maps = select(self._row_maps, index.to("cpu"))
+        self.tail.select_rows(index)
+        self.rows = len(index)
+
+    def _fill(self, keys: Tensor, values: Tensor) -> None:
+        """Copy all stored tokens to the front of two tensors."""
+        assert self._layout is not None
+        with self._session.snapshot(self._session.store.extents(self.layer)) as extents:
+            for extent, row_map in zip(extents, self._row_maps, strict=True):
+                span = slice(extent.start, extent.stop)
+                out = KVBlock(keys[:, :, span], values[:, :, span])
+                block = self._session.load(extent, self._layout, keys.device, out if row_map is None else None)
+                if block.keys is not out.keys:
+                    out.keys.copy_(_take(block.keys, row_map))
+                if block.values is not out.values:
+                    out.values.copy_(_take(block.values, row_map))
+
+    def _remainder(self, length: int) -> tuple[KVBlock | None, int]:
+        """What stays of the extent that `length` cuts in two (a copy, with today's rows), and where it begins."""
+        assert self._layout is not None
+        extents = self._session.store.extents(self.layer)
+        for extent, row_map in zip(extents, self._row_maps, strict=True):
+            if extent.start < length < extent.stop:
+                with self._session.snapshot([extent]):
+                    block = self._session.load(extent, self._layout, self._device, None)
+                    part = slice(0, length - extent.start)
+                    keys, values = (_take(block.keys, row_map)[:, :, part], _take(block.values, row_map)[:, :, part])
+                    return KVBlock(keys.to(self._device, copy=True), values.to(self._device, copy=True)), extent.start
+        return None, length
+
+    def _tokens_to_flush(self, pending: int) -> int:
+        """How many of the pending tokens leave the tail now."""
+        assert self._layout is not None
+        plan = self._session.plan
+        if pending < plan.flush_tokens and self._layout.nbytes(self.rows, pending) < plan.flush_bytes:
+            return 0
+        flush = max(pending - plan.hot_tokens, 0)
+        size = self._session.store.extent_tokens
+        return flush - flush % size if size else flush
+
+    def _cuts(self, tokens: int) -> list[tuple[int, int]]:
+        """Split so many tokens into extents: as the store wants them, else of about equal size up to a limit."""
+        assert self._layout is not None
+        size = self._session.store.extent_tokens
+        if size is None:
+            most = max(EXTENT_BYTES // self._layout.nbytes(self.rows, 1), 1)
+            pieces = -(-tokens // most)
+            size = -(-tokens // pieces)
+        return [(start, min(start + size, tokens)) for start in range(0, tokens, size)]
+
+    def _check(self, keys: Tensor, values: Tensor) -> None:
+        """Learn the shapes from the first tokens; afterwards they must stay."""
+        layout = LayerLayout.of(keys, values)
+        if self._layout is None:
+            self._layout, self.rows, self._device = layout, keys.shape[0], keys.device
+        elif layout != self._layout or keys.shape[0] != self.rows:
+            raise StoreContractError(
+                f"Layer {self.layer} holds {self.rows} rows of {self._layout}, and {keys.shape[0]} rows of {layout} "
+                "were appended. A cache serves one batch: call reset() or make another cache."
+            )
+
+
+def _take(tensor: Tensor, row_map: RowMap) -> Tensor:
+    return tensor if row_map is None else tensor.index_select(0, row_map.to(tensor.device))

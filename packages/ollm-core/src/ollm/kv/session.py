@@ -1,0 +1,127 @@
+"""One store at work: the plan it runs under, who reads what, what is resident, and what happened so far."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from ollm.contracts.kv import Extent, KVBlock, KVStore
+from ollm.contracts.spill import SpillPlan
+from ollm.errors import StoreContractError
+from ollm.kv.residency import Residency
+from ollm.storage.tensors import LayerLayout
+
+EXTENT_BYTES = 4 * 2**20
+"""Largest extent that core cuts of its own accord: reads of 1 – 4 MiB run at the speed of the disk."""
+
+
+class KVSession:
+    """What the layers of one cache share. Every answer of the store is checked here, so that a faulty one cannot
+    lead to a wrong token."""
+
+    def __init__(self, store: KVStore, plan: SpillPlan, *, strategy: str, layers: int, keep_resident: bool) -> None:
+        """A session over a new store.
+
+        Args:
+            store: empty.
+            plan: what the spill policy decided.
+            strategy: the name for messages and `state()`.
+            layers: how many layers share the resident bytes.
+            keep_resident: whether copies may stay in memory: not for stores that are in memory themselves, and not
+                for lossy ones, which give back something else than what they were given.
+        """
+        self.store = store
+        self.plan = plan
+        self.strategy = strategy
+        self.spills = 0
+        self.residency = Residency(plan.resident_bytes if keep_resident else 0, layers)
+        self._pins: Counter[Extent] = Counter()
+        self._dropped: set[Extent] = set()
+        self._lock = threading.Lock()
+
+    def append(self, layer: int, keys: Tensor, values: Tensor) -> Extent:
+        """Store one extent and return it as the store lists it."""
+        before = self.store.extents(layer)
+        self.store.append(layer, keys, values)
+        after = self.store.extents(layer)
+        start = before[-1].stop if before else 0
+        rows, _, tokens, _ = keys.shape
+        if len(after) != len(before) + 1 or (after[-1].start, after[-1].tokens, after[-1].rows) != (
+            start, tokens, rows,
+        ):  # fmt: skip
+            raise StoreContractError(
+                f"KV store '{self.strategy}': after append() of {tokens} tokens at {start} to layer {layer}, extents() "
+                f"lists {after[-1] if after else 'nothing'}."
+            )
+        self.residency.offer(after[-1], KVBlock(keys, values))
+        return after[-1]
+
+    def truncate(self, layer: int, length: int) -> None:
+        """Drop the extents of a layer from `length` on; their bytes are released once nobody reads them."""
+        before = self.store.extents(layer)
+        keep = [extent for extent in before if extent.stop <= length]
+        if len(keep) == len(before):
+            return
+        self.store.truncate(layer, length)
+        if list(self.store.extents(layer)) != keep:
+            raise StoreContractError(
+                f"KV store '{self.strategy}': after truncate({layer}, {length}), extents() lists "
+                f"{len(self.store.extents(layer))} extents instead of {len(keep)}."
+            )
+        for extent in before[len(keep) :]:
+            self.residency.drop(extent)
+        with self._lock:
+            self._dropped.update(before[len(keep) :])
+        self._release_unread()
+
+    @contextmanager
+    def snapshot(self, extents: Sequence[Extent]) -> Iterator[Sequence[Extent]]:
+        """Pin extents: until the end of the `with` block their bytes stay what they are, truncated or not."""
+        with self._lock:
+            self._pins.update(extents)
+        try:
+            yield extents
+        finally:
+            with self._lock:
+                self._pins.subtract(extents)
+                self._pins += Counter()  # forget those that nobody pins
+            self._release_unread()
+
+    def load(self, extent: Extent, layout: LayerLayout, device: torch.device, out: KVBlock | None) -> KVBlock:
+        """The keys and values of a pinned extent on `device`, with the rows that it was written with."""
+        block = self.residency.get(extent)
+        if block is None:
+            raw = self.store.read(extent)
+            if raw.dtype != torch.uint8 or raw.numel() != extent.nbytes:
+                raise StoreContractError(
+                    f"KV store '{self.strategy}': read() of {extent} gave {raw.numel()} elements of {raw.dtype}."
+                )
+            block = self.store.decode(extent, raw.to(device), out)
+            self._check_block(extent, layout, block)
+        return block
+
+    def close(self) -> None:
+        """Close the store and forget what is resident."""
+        self.residency.clear()
+        self.store.close()
+
+    def _check_block(self, extent: Extent, layout: LayerLayout, block: KVBlock) -> None:
+        shape = (extent.rows, layout.kv_heads, extent.tokens)
+        for name, tensor, size in (("keys", block.keys, layout.key_size), ("values", block.values, layout.value_size)):
+            if tensor.shape != (*shape, size) or tensor.dtype != layout.dtype:
+                raise StoreContractError(
+                    f"KV store '{self.strategy}': decode() of {extent} gave {name} {tuple(tensor.shape)} "
+                    f"{tensor.dtype}, expected {(*shape, size)} {layout.dtype}."
+                )
+
+    def _release_unread(self) -> None:
+        with self._lock:
+            free = [extent for extent in self._dropped if not self._pins[extent]]
+            self._dropped.difference_update(free)
+        if free:
+            self.store.release(sorted(free, key=lambda extent: (extent.layer, extent.start)))

@@ -1,0 +1,89 @@
+"""The tail: the newest tokens of one layer, exact and in memory, until they are cut into extents."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_GROWTH = 64  # tokens of spare room, so that a decode step writes one token and copies nothing
+
+
+class Tail:
+    """Keys and values of consecutive tokens, `[rows, kv_heads, tokens, size]`, in buffers with room to grow."""
+
+    def __init__(self) -> None:
+        self.tokens = 0
+        self._keys: Tensor | None = None
+        self._values: Tensor | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the buffers, spare room included."""
+        if self._keys is None or self._values is None:
+            return 0
+        return self._keys.nbytes + self._values.nbytes
+
+    @property
+    def keys(self) -> Tensor:
+        """A view of the keys; only where `tokens` is not 0."""
+        assert self._keys is not None
+        return self._keys[:, :, : self.tokens]
+
+    @property
+    def values(self) -> Tensor:
+        """A view of the values; only where `tokens` is not 0."""
+        assert self._values is not None
+        return self._values[:, :, : self.tokens]
+
+    def append(self, keys: Tensor, values: Tensor) -> None:
+        """Copy tokens behind those that are here."""
+        stop = self.tokens + keys.shape[2]
+        if self._keys is None or self._values is None or stop > self._keys.shape[2] or self.tokens == 0:
+            room = stop + _GROWTH
+            grown_keys, grown_values = _room_for(keys, room), _room_for(values, room)
+            if self.tokens:
+                grown_keys[:, :, : self.tokens] = self.keys
+                grown_values[:, :, : self.tokens] = self.values
+            self._keys, self._values = grown_keys, grown_values
+        self._keys[:, :, self.tokens : stop] = keys
+        self._values[:, :, self.tokens : stop] = values
+        self.tokens = stop
+
+    def crop(self, tokens: int) -> None:
+        """Keep the first `tokens`."""
+        self.tokens = tokens
+        if tokens == 0:
+            self._keys = self._values = None
+
+    def select_rows(self, index: Tensor) -> None:
+        """Make the batch `batch[index]`."""
+        if self._keys is not None and self._values is not None:
+            index = index.to(self._keys.device)
+            self._keys = self._keys.index_select(0, index)
+            self._values = self._values.index_select(0, index)
+
+
+def _room_for(like: Tensor, tokens: int) -> Tensor:
+    return torch.empty((*like.shape[:2], tokens, like.shape[3]), dtype=like.dtype, device=like.device)
+
+
+class Pending:
+    """The tail with new tokens behind it, as if they were one, without joining them."""
+
+    def __init__(self, tail: Tail, keys: Tensor, values: Tensor) -> None:
+        self.tokens = tail.tokens + keys.shape[2]
+        self._border = tail.tokens
+        self._parts = ([(tail.keys, tail.values)] if tail.tokens else []) + [(keys, values)]
+
+    def slice(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of tokens `start … stop - 1`: views, but copies where the slice spans the border."""
+        pieces_k, pieces_v, at = [], [], 0
+        for keys, values in self._parts:
+            low, high = max(start - at, 0), min(stop - at, keys.shape[2])
+            if low < high:
+                pieces_k.append(keys[:, :, low:high])
+                pieces_v.append(values[:, :, low:high])
+            at += keys.shape[2]
+        if len(pieces_k) == 1:
+            return pieces_k[0], pieces_v[0]
+        return torch.cat(pieces_k, dim=2), torch.cat(pieces_v, dim=2)

@@ -1,0 +1,84 @@
+"""Everything that a plugin may import from ollm. Importing this module imports no torch.
+
+What is listed in `__all__` is the public contract of API version 1; anything else of core is private.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from ollm.contracts.hookspecs import API_VERSION, hookimpl
+from ollm.contracts.kv import Commit, Extent, KVBlock, KVStore, StoreStats
+from ollm.contracts.models import ModelAdapter, ModelParts
+from ollm.contracts.offload import OffloadPlacement
+from ollm.contracts.options import NoOptions, option
+from ollm.contracts.spill import KVGeometry, LayerGeometry, MemorySnapshot, SpillPlan, SpillPolicy
+from ollm.contracts.strategy import BuildContext, KVBuildContext, KVFacts, Strategy
+from ollm.errors import (
+    ConfigurationError,
+    CorruptDataError,
+    DiskFullError,
+    NonFiniteError,
+    OllmError,
+    StorageError,
+    UnsupportedOperationError,
+)
+from ollm.storage.options import StorageOptions
+from ollm.units import ByteSize, format_size, parse_size
+
+if TYPE_CHECKING:
+    from ollm.storage.segments import SegmentedStorage
+    from ollm.storage.tensors import LayerLayout, pack, unpack
+
+_HEAVY = {
+    "SegmentedStorage": "ollm.storage.segments",
+    "LayerLayout": "ollm.storage.tensors",
+    "pack": "ollm.storage.tensors",
+    "unpack": "ollm.storage.tensors",
+}
+
+__all__ = [
+    "API_VERSION",
+    "BuildContext",
+    "ByteSize",
+    "Commit",
+    "ConfigurationError",
+    "CorruptDataError",
+    "DiskFullError",
+    "Extent",
+    "KVBlock",
+    "KVBuildContext",
+    "KVFacts",
+    "KVGeometry",
+    "KVStore",
+    "LayerGeometry",
+    "LayerLayout",
+    "MemorySnapshot",
+    "ModelAdapter",
+    "ModelParts",
+    "NoOptions",
+    "NonFiniteError",
+    "OffloadPlacement",
+    "OllmError",
+    "SegmentedStorage",
+    "SpillPlan",
+    "SpillPolicy",
+    "StorageError",
+    "StorageOptions",
+    "StoreStats",
+    "Strategy",
+    "UnsupportedOperationError",
+    "format_size",
+    "hookimpl",
+    "option",
+    "pack",
+    "parse_size",
+    "unpack",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Import the names that need torch when they are first used, so that entry modules stay light."""
+    if name in _HEAVY:
+        from importlib import import_module
+
+        return getattr(import_module(_HEAVY[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

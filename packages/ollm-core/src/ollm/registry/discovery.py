@@ -1,0 +1,149 @@
+"""The discovery loop: every plugin is imported, checked and asked alone, so that a broken one disturbs nothing.
+
+pluggy's own `load_setuptools_entrypoints` aborts on the first broken import, skips duplicates in silence and leaves
+misspelt hooks unnoticed; hence a loop of our own, with one `PluginManager` per plugin. It knows nothing of names that
+several plugins offer: see `catalog`.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import sys
+import traceback
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import importlib_metadata
+import pluggy
+
+from ollm.contracts import hookspecs
+from ollm.contracts.options import describe_options
+from ollm.contracts.strategy import Strategy
+from ollm.errors import PluginError
+from ollm.registry.kinds import RESERVED, Kind, directory_of
+from ollm.registry.report import Offer, PluginReport, Status
+
+DISABLE_VARIABLE = "OLLM_DISABLE_PLUGINS"
+_MOST_STRATEGIES = 256
+_HEAVY_MODULES = ("torch", "transformers")
+
+
+def discover() -> tuple[PluginReport, ...]:
+    """Load every plugin that is installed, in a fixed order, and report on each. Raises for no plugin's fault."""
+    disabled = {name.strip() for name in os.environ.get(DISABLE_VARIABLE, "").split(",") if name.strip()}
+    points = sorted(
+        importlib_metadata.entry_points(group=hookspecs.PROJECT), key=lambda point: (_owner(point), point.name)
+    )
+    return tuple(_report(point, disabled) for point in points)
+
+
+def _owner(point: importlib_metadata.EntryPoint) -> tuple[str, str]:
+    """Normalised name and version of the distribution that a plugin came with."""
+    dist = point.dist
+    if dist is None:
+        return "unknown", "0"
+    return importlib_metadata.Prepared.normalize(dist.name).replace("_", "-"), dist.version
+
+
+def _report(point: importlib_metadata.EntryPoint, disabled: set[str]) -> PluginReport:
+    distribution, version = _owner(point)
+
+    def report(status: Status, **more: Any) -> PluginReport:
+        return PluginReport(
+            name=point.name, module=point.value, distribution=distribution, version=version, status=status, **more
+        )
+
+    if disabled & {point.name, distribution}:
+        return report(Status.DISABLED, reason=f"switched off by {DISABLE_VARIABLE}")
+    before = {module for module in _HEAVY_MODULES if module in sys.modules}
+    try:
+        offers = tuple(_load(point, distribution))
+    except KeyboardInterrupt:  # the user's own Ctrl-C
+        raise
+    except BaseException as error:  # a plugin may raise anything, SystemExit and MemoryError included
+        return report(Status.BROKEN, reason=_describe(error))
+    heavy = [module for module in _HEAVY_MODULES if module in sys.modules and module not in before]
+    warnings = [f"its entry module imports {module}: move that import into `build`" for module in heavy]
+    warnings += _undocumented_options(offers)
+    return report(Status.LOADED, offers=offers, warnings=tuple(warnings))
+
+
+def _load(point: importlib_metadata.EntryPoint, distribution: str) -> Iterator[Offer]:
+    """Import one plugin, register it with a manager of its own, and yield what it offers, checked."""
+    plugin = point.load()
+    version = getattr(plugin, "ollm_api_version", None)
+    if version != hookspecs.API_VERSION:
+        cure = "upgrade ollm-core" if isinstance(version, int) and version > hookspecs.API_VERSION else "upgrade it"
+        stated = "states no `ollm_api_version`" if version is None else f"was written for API version {version!r}"
+        raise PluginError(f"{stated}, this ollm-core speaks {hookspecs.API_VERSION}: {cure}")
+    manager = pluggy.PluginManager(hookspecs.PROJECT)
+    manager.add_hookspecs(hookspecs)
+    manager.register(plugin, name=point.name)
+    manager.check_pending()
+    if not manager.get_hookcallers(plugin):
+        known = ", ".join(kind.value for kind in Kind)
+        raise PluginError(f"has no function marked with `ollm.plugin.hookimpl`. The hooks: {known}")
+    seen: set[tuple[Kind, str]] = set()
+    for kind in Kind:
+        for answer in getattr(manager.hook, kind.value)():
+            for strategy in _strategies(kind, answer):
+                _check(kind, strategy, distribution)
+                if (kind, strategy.name) in seen:
+                    raise PluginError(f"{kind.value}() offers '{strategy.name}' twice")
+                seen.add((kind, strategy.name))
+                yield Offer(kind=kind, strategy=strategy, distribution=distribution)
+
+
+def _strategies(kind: Kind, answer: object) -> list[Any]:
+    """The answer of a hook as a list; a generator that fails late fails here."""
+    if not isinstance(answer, Iterable) or isinstance(answer, (str, bytes)):
+        raise PluginError(f"{kind.value}() returned {answer!r}: it must return an iterable of `Strategy`")
+    strategies = list(itertools.islice(answer, _MOST_STRATEGIES + 1))
+    if len(strategies) > _MOST_STRATEGIES:
+        raise PluginError(f"{kind.value}() offers more than {_MOST_STRATEGIES} strategies: does it ever end?")
+    return strategies
+
+
+def _check(kind: Kind, strategy: object, distribution: str) -> None:
+    """Everything about an answer that can be known without building it."""
+    if not isinstance(strategy, Strategy):
+        raise PluginError(f"{kind.value}() offers {strategy!r}: it must be an `ollm.plugin.Strategy`")
+    if kind is not Kind.KV_STORE:
+        if strategy.facts is not None:
+            raise PluginError(f"'{strategy.name}': `facts` are for KV stores only, this is a {kind.label}")
+        return
+    if strategy.facts is None:
+        raise PluginError(f"KV store '{strategy.name}' has no `facts`: give it `KVFacts(lossless=...)`")
+    directory = strategy.facts.directory
+    if directory is None:
+        return
+    if not directory.startswith("kv_cache_") or not directory.replace("_", "").isalnum() or not directory.isascii():
+        raise PluginError(f"'{strategy.name}': directory={directory!r} must look like '{directory_of('my-store')}'")
+    reserved = {directory_of(name): home.distribution for name, home in RESERVED[Kind.KV_STORE].items()}
+    if reserved.get(directory, distribution) != distribution:
+        raise PluginError(
+            f"'{strategy.name}': directory {directory!r} belongs to {reserved[directory]}; choose another"
+        )
+
+
+def _undocumented_options(offers: Iterable[Offer]) -> list[str]:
+    return [
+        f"option '{info.name}' of '{offer.strategy.name}' has no help text: make it with `ollm.plugin.option`"
+        for offer in offers
+        for info in describe_options(offer.strategy.options)
+        if not info.help
+    ]
+
+
+def _describe(error: BaseException) -> str:
+    """What was raised and where, in one line; even from an exception that cannot be printed."""
+    try:
+        text = " ".join(str(error).split())
+    except Exception:
+        text = "(its message cannot be printed)"
+    if isinstance(error, PluginError):
+        return text
+    frames = traceback.extract_tb(error.__traceback__)
+    where = f" at {frames[-1].filename}:{frames[-1].lineno}" if frames else ""
+    return f"{type(error).__name__}: {text}{where}" if text else f"{type(error).__name__}{where}"

@@ -1,0 +1,54 @@
+"""What became of each plugin: the records that `ollm plugins` prints and that errors quote."""
+
+from __future__ import annotations
+
+import enum
+from typing import Any
+
+import attrs
+
+from ollm.contracts.strategy import Strategy
+from ollm.registry.kinds import Kind
+
+
+class Status(enum.Enum):
+    """The outcome of loading a plugin."""
+
+    LOADED = "loaded"
+    BROKEN = "broken"
+    DISABLED = "disabled"
+
+
+@attrs.frozen(kw_only=True)
+class Offer:
+    """One strategy that a loaded plugin offers."""
+
+    kind: Kind
+    strategy: Strategy[Any]
+    distribution: str
+
+    @property
+    def qualified_name(self) -> str:
+        """`distribution/name`: always unambiguous."""
+        return f"{self.distribution}/{self.strategy.name}"
+
+
+@attrs.frozen(kw_only=True)
+class PluginReport:
+    """One entry point of the group `ollm` and what became of it."""
+
+    name: str
+    """The entry point's name."""
+    module: str
+    """What the entry point names."""
+    distribution: str
+    version: str
+    status: Status
+    reason: str = ""
+    """Why it is broken or disabled."""
+    warnings: tuple[str, ...] = ()
+    offers: tuple[Offer, ...] = ()
+
+    def __str__(self) -> str:
+        head = f"{self.name} ({self.distribution} {self.version})"
+        return f"{head}: {self.reason}" if self.reason else head

@@ -1,0 +1,194 @@
+"""`KVCache`: a real `transformers.Cache` whose full-attention layers live in a store.
+
+Give it to any `model.generate(past_key_values=cache)`. Made by `ollm.disk_cache` and `Inference.DiskCache`.
+"""
+
+from __future__ import annotations
+
+import logging
+from types import TracebackType
+from typing import Any, NoReturn, Self
+
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from ollm.errors import (
+    CacheClosedError,
+    ConfigurationError,
+    InterruptedForwardError,
+    UnsupportedOperationError,
+)
+from ollm.kv.history import LayerHistory
+from ollm.kv.session import KVSession
+from ollm.kv.state import CacheState
+from ollm.seam.geometry import STORED_LAYER_TYPE, layer_types
+from ollm.seam.layers import StoredLayer, stock_layer, why_not_croppable
+
+logger = logging.getLogger(__name__)
+
+
+class KVCache(Cache):
+    """Keys and values of one batch of sequences. Not thread-safe; `reset()` makes it reusable, `close()` ends it.
+
+    Beams, batches, `crop`, continued generation and chunked prefill work as with `DynamicCache` and give the same
+    tokens for every lossless strategy.
+    """
+
+    def __init__(self, config: Any, session: KVSession, *, spill_policy: str, lossless: bool) -> None:
+        """For the decoder `config`; use `ollm.disk_cache` instead of calling this."""
+        self._session = session
+        self._spill_policy = spill_policy
+        self._lossless = lossless
+        self._closed = False
+        self._stored: dict[int, LayerHistory] = {}
+        layers: list[Any] = []
+        types, arguments = layer_types(config)
+        for index, (kind, kwargs) in enumerate(zip(types, arguments, strict=True)):
+            if kind == STORED_LAYER_TYPE:
+                self._stored[index] = LayerHistory(index, session)
+                layers.append(StoredLayer(self._stored[index], croppable=lossless))
+            else:
+                layers.append(stock_layer(kind, kwargs))
+        super().__init__(layers=layers)
+        self._attention_layers = [i for i, layer in enumerate(layers) if isinstance(layer, CacheLayerMixin)]
+        if not self._stored:
+            logger.warning("No layer of this model has full attention, so nothing of it goes to a store.")
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Add a layer's new keys and values; returns all of that layer's.
+
+        Raises:
+            InterruptedForwardError: when an earlier forward stopped half-way, so that layers differ in length.
+            CacheClosedError: after `close()`.
+            StorageError: when the store cannot keep or read them; this layer is then as before.
+        """
+        self._check_open()
+        self._check_whole(layer_idx, key_states.shape[2])
+        keys, values = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        return keys, values
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the newest `-tokens_to_remove` tokens from every layer (transformers' sign: zero or negative).
+
+        Raises:
+            UnsupportedOperationError: before anything is changed, when a layer cannot forget: recurrent states, and
+                sliding windows that have passed.
+            ConfigurationError: for a positive number, or more tokens than there are.
+        """
+        self._check_open()
+        if tokens_to_remove > 0 or -tokens_to_remove > self.get_seq_length():
+            raise ConfigurationError(
+                f"crop({tokens_to_remove}): give a negative number of tokens to remove, at most the "
+                f"{self.get_seq_length()} that the cache holds."
+            )
+        if tokens_to_remove == 0 and not any(map(self.is_recording_past, range(len(self.layers)))):
+            return
+        for index, layer in enumerate(self.layers):
+            reason = why_not_croppable(layer)
+            if reason:
+                raise UnsupportedOperationError(
+                    f"Cannot remove {-tokens_to_remove} tokens: in layer {index} {reason}. "
+                    "Call reset() and prefill the shorter text again."
+                )
+        super().crop(tokens_to_remove)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every row `repeats` times, copying nothing that is stored."""
+        self._check_every_layer_has("batch_repeat_interleave")
+        super().batch_repeat_interleave(repeats)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the rows `indices` (integers or a mask), copying nothing that is stored."""
+        self._check_every_layer_has("batch_select_indices")
+        super().batch_select_indices(indices)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Make row i what row `beam_idx[i]` was, copying nothing that is stored."""
+        self._check_open()
+        super().reorder_cache(beam_idx)
+
+    def reset(self) -> None:
+        """Forget everything; the cache can then serve another batch."""
+        self._check_open()
+        super().reset()
+
+    def state(self) -> CacheState:
+        """What the cache holds and did so far. Works after `close()` too, with the counters as they were."""
+        stats = self._session.store.stats()
+        histories = list(self._stored.values())
+        first = histories[0] if histories else None
+        storage = self._session.store.storage
+        return CacheState(
+            strategy=self._session.strategy,
+            spill_policy=self._spill_policy,
+            lifecycle="runtime-scoped",
+            lossless=self._lossless,
+            directory=storage.path if storage is not None else None,
+            tokens=self.get_seq_length(),
+            rows=first.rows if first else 0,
+            stored_layers=len(histories),
+            persisted_tokens=first.stored_tokens if first else 0,
+            tail_tokens=first.tail.tokens if first else 0,
+            tail_bytes=sum(history.tail.nbytes for history in histories),
+            resident_bytes=self._session.residency.nbytes + stats.memory_bytes,
+            disk_bytes=stats.disk_bytes,
+            bytes_written=stats.bytes_written,
+            bytes_read=stats.bytes_read,
+            spills=self._session.spills,
+            evictions=stats.evictions,
+            evicted_tokens=stats.evicted_tokens,
+            compactions=stats.compactions,
+            window_tokens=None,
+            cold_representation=stats.representation,
+        )
+
+    def close(self) -> None:
+        """Free everything, on disk too. May be called twice; the cache cannot be used afterwards."""
+        if not self._closed:
+            self._closed = True
+            self._session.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __deepcopy__(self, memo: object) -> NoReturn:
+        raise UnsupportedOperationError("A KVCache owns files and cannot be copied: make a second cache instead.")
+
+    def __reduce__(self) -> NoReturn:
+        raise UnsupportedOperationError("A KVCache owns files and cannot be pickled: make one in each process.")
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise CacheClosedError("This cache is closed: make a new one.")
+
+    def _check_whole(self, layer_idx: int, new_tokens: int) -> None:
+        """All layers advance together; where they do not, a forward was interrupted and its rest would be wrong."""
+        if layer_idx not in self._attention_layers:
+            return
+        first = self._attention_layers[0]
+        length = self.layers[layer_idx].get_seq_length()
+        if layer_idx == first:
+            others = {self.layers[index].get_seq_length() for index in self._attention_layers}
+            whole = others <= {length, 0}
+        else:
+            whole = self.layers[first].get_seq_length() == length + new_tokens
+        if not whole:
+            raise InterruptedForwardError(
+                "An earlier forward pass stopped half-way (an error, or Ctrl-C), so the layers of this cache hold "
+                "different numbers of tokens. Call cache.reset() and start again."
+            )
+
+    def _check_every_layer_has(self, operation: str) -> None:
+        self._check_open()
+        for index, layer in enumerate(self.layers):
+            if not hasattr(layer, operation):
+                raise UnsupportedOperationError(
+                    f"{operation}: layer {index} is a {type(layer).__name__}, whose state transformers cannot do that to."
+                )

@@ -1,0 +1,38 @@
+"""What a transformers config says about its layers: their types, and the shapes of their keys and values."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers.cache_utils import get_layer_types_and_kwargs
+
+from ollm.contracts.spill import KVGeometry, LayerGeometry
+
+STORED_LAYER_TYPE = "full_attention"
+"""The only layer type whose keys and values grow without bound, and so the only one that goes to a store."""
+
+
+def decoder_config(model: Any) -> Any:
+    """The config of the text decoder of a model, multimodal or not."""
+    return model.config.get_text_config(decoder=True)
+
+
+def layer_types(config: Any) -> tuple[list[str], list[dict[str, Any]]]:
+    """The cache layer type of every decoder layer, and the arguments of its stock class."""
+    return get_layer_types_and_kwargs(config)
+
+
+def kv_geometry(config: Any, dtype: torch.dtype) -> KVGeometry:
+    """Expected shapes of the stored layers, for planning. What a model really appends decides."""
+    types, _ = layer_types(config)
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    key_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    value_size = getattr(config, "v_head_dim", None) or key_size
+    return KVGeometry(
+        tuple(
+            LayerGeometry(index, heads, key_size, value_size, dtype.itemsize)
+            for index, kind in enumerate(types)
+            if kind == STORED_LAYER_TYPE
+        )
+    )

@@ -1,0 +1,137 @@
+"""Cache layers for transformers: one over a layer's history, and sliding layers that do not keep the prompt alive.
+
+`_layer_type` stays `None` in all of them: setting it would replace transformers' own layers in the whole process.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import (
+    DYNAMIC_LAYER_TYPE_MAPPING,
+    CacheLayerMixin,
+    DynamicSlidingWindowLayer,
+    LinearAttentionAndSlidingWindowAttentionLayer,
+    LinearAttentionCacheLayerMixin,
+)
+
+from ollm.errors import ConfigurationError
+from ollm.kv.history import LayerHistory
+
+
+class StoredLayer(CacheLayerMixin):
+    """A full-attention layer whose keys and values live in a store. `keys` and `values` stay `None`."""
+
+    is_sliding = False
+
+    def __init__(self, history: LayerHistory, *, croppable: bool) -> None:
+        super().__init__()
+        self.history = history
+        self.is_croppable = croppable
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Add tokens; returns all keys and values so far, `[rows, kv_heads, tokens, size]`."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        full = self.history.gather(key_states, value_states)
+        self.history.append(key_states, value_states)
+        return full
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Length and offset of the keys as they will be after the update: masks are made before it."""
+        return self.history.tokens + query_length, 0
+
+    def get_seq_length(self) -> int:
+        return self.history.tokens
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def offload(self) -> None:
+        """Nothing to do: the store decides where things are."""
+
+    def prefetch(self) -> None:
+        """Nothing to do: reading ahead is the engine's business."""
+
+    def reset(self) -> None:
+        self.history.crop(0)
+        self.is_initialized = False
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the newest `-tokens_to_remove` tokens (transformers' sign)."""
+        self.history.crop(max(self.history.tokens + tokens_to_remove, 0))
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self.history.select_rows(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self.history.select_rows(torch.arange(self.history.rows).repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self.history.select_rows(torch.arange(self.history.rows)[indices.to("cpu")])
+
+
+class _OwnTail:
+    """Mixed into a sliding layer: after a long update it keeps its window, not a view into the whole prompt.
+
+    Stock layers keep a slice, and the storage behind it is as long as what was prefilled.
+    """
+
+    keys: Tensor | None
+    values: Tensor | None
+
+    def update(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        full: tuple[Tensor, Tensor] = super().update(*args, **kwargs)  # type: ignore[misc]
+        if self.keys is not None and self.values is not None and full[0].shape[2] > 2 * self.keys.shape[2]:
+            self.keys, self.values = self.keys.clone(), self.values.clone()
+        return full
+
+
+class SlidingLayer(_OwnTail, DynamicSlidingWindowLayer):
+    """transformers' sliding (or chunked) layer, with a tail of its own."""
+
+
+class LinearAndSlidingLayer(_OwnTail, LinearAttentionAndSlidingWindowAttentionLayer):
+    """transformers' layer for linear attention beside sliding attention, with a tail of its own."""
+
+
+_OWN_TAIL = {
+    DynamicSlidingWindowLayer: SlidingLayer,
+    LinearAttentionAndSlidingWindowAttentionLayer: LinearAndSlidingLayer,
+}
+
+
+def stock_layer(kind: str, arguments: dict[str, Any]) -> Any:
+    """The layer that keeps transformers' own behaviour for a type that does not go to a store.
+
+    Raises:
+        ConfigurationError: for a type that transformers itself does not know.
+    """
+    if kind not in DYNAMIC_LAYER_TYPE_MAPPING:
+        known = ", ".join(DYNAMIC_LAYER_TYPE_MAPPING)
+        raise ConfigurationError(
+            f"This model has layers of type {kind!r}, which this transformers does not know (it knows {known}): "
+            "upgrade transformers, or import the model's code first."
+        )
+    stock = DYNAMIC_LAYER_TYPE_MAPPING[kind]
+    return _OWN_TAIL.get(stock, stock)(**arguments)
+
+
+def why_not_croppable(layer: Any) -> str | None:
+    """Why tokens cannot be removed from a layer, or `None` if they can."""
+    if isinstance(layer, LinearAttentionCacheLayerMixin):
+        if not layer.record_past or any(layer.is_recurrent_states_initialized.values()):
+            return "a recurrent state cannot be rolled back"
+    elif (
+        isinstance(layer, DynamicSlidingWindowLayer)
+        and layer.get_seq_length() >= layer.sliding_window
+        and not layer.record_past
+    ):
+        return f"the sliding window of {layer.sliding_window} tokens has passed and older tokens are gone"
+    return None

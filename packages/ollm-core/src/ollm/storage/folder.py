@@ -1,0 +1,212 @@
+"""One private folder per cache: `cache_dir/kv_cache_<strategy>/run-<id>/`, owned through a lock, removed at the end.
+
+A folder whose owner is dead (its lock is free) is removed when the next cache is made beside it; the folder of a
+living session is never touched. Only files that the format knows are ever deleted. This module knows nothing of what
+the files hold.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import secrets
+import stat
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from ollm.errors import CacheBusyError, CacheDirectoryError, OllmError
+from ollm.storage import shim
+
+LOCK = "lock"
+MANIFEST = "manifest.json"
+MANIFEST_TEMPORARY = "manifest.json.tmp"
+TAG = "CACHEDIR.TAG"
+_TAG_TEXT = b"Signature: 8a477f597d28d172789f06886806bc55\n# Keys and values of ollm, private to their owner.\n"
+_RUN = re.compile(r"run-[0-9a-f]{16}")
+_KNOWN_FILE = re.compile(r"lock|manifest\.json(\.tmp)?|segment-\d{6}\.kv")
+_ROOT_LOCK_SECONDS = 30.0
+_OTHERS_MAY_WRITE = stat.S_IWGRP | stat.S_IWOTH
+
+logger = logging.getLogger(__name__)
+
+
+def segment_name(segment: int) -> str:
+    """The file of a segment. Names are derived from numbers here and nowhere else."""
+    return f"segment-{segment:06d}.kv"
+
+
+class RunFolder:
+    """The private folder of one runtime-scoped cache. `create` makes it, `remove` deletes it."""
+
+    def __init__(self, path: Path, lock_fd: int) -> None:
+        self.path = path
+        self._lock_fd: int | None = lock_fd
+        self._owner = os.getpid()
+
+    @classmethod
+    def create(cls, cache_dir: Path, directory: str) -> RunFolder:
+        """Make a folder below `cache_dir/directory`, after removing those whose owners are dead.
+
+        Raises:
+            CacheDirectoryError: when the place is not writable, not ours, or not safe.
+        """
+        root = cache_dir / directory
+        try:
+            _make_root(cache_dir, root)
+            with _root_lock(root):
+                _collect_dead(root)
+                return cls._create(root / f"run-{secrets.token_hex(8)}")
+        except OSError as error:
+            raise CacheDirectoryError(
+                f"Cannot use {root} for keys and values: {error.strerror or error}. "
+                "Choose a cache_dir on a local disk that you may write to."
+            ) from error
+
+    @classmethod
+    def _create(cls, path: Path) -> RunFolder:
+        shim.disk.mkdir(path)
+        try:
+            lock_fd = shim.disk.open(path / LOCK, os.O_RDWR | os.O_CREAT | os.O_EXCL)
+            try:
+                if not shim.disk.try_lock(lock_fd):
+                    raise CacheBusyError(f"{path} was locked by another process as it was made.")
+            except BaseException:
+                shim.disk.close(lock_fd)
+                raise
+        except BaseException:
+            _remove_folder(path)
+            raise
+        return cls(path, lock_fd)
+
+    def remove(self) -> None:
+        """Delete the folder, and its parent if that was the last one. Does nothing in a forked child or twice."""
+        if self._lock_fd is None or os.getpid() != self._owner:
+            return
+        lock_fd, self._lock_fd = self._lock_fd, None
+        try:
+            _remove_folder(self.path)
+        finally:
+            shim.disk.close(lock_fd)
+        _remove_root_if_empty(self.path.parent)
+
+
+def _make_root(cache_dir: Path, root: Path) -> None:
+    """`cache_dir` is the user's own and may be as it is; everything below must be ours alone."""
+    cache_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        shim.disk.mkdir(root)
+    except FileExistsError:
+        _check_private(root)
+
+
+def _check_private(path: Path) -> None:
+    status = shim.disk.lstat(path)
+    problem = None
+    if stat.S_ISLNK(status.st_mode):
+        problem = "is a symbolic link"
+    elif not stat.S_ISDIR(status.st_mode):
+        problem = "is not a folder"
+    elif hasattr(os, "geteuid") and status.st_uid != os.geteuid():
+        problem = f"belongs to another user (uid {status.st_uid})"
+    elif status.st_mode & _OTHERS_MAY_WRITE:
+        problem = f"may be written by others (mode {stat.S_IMODE(status.st_mode):04o})"
+    if problem:
+        raise CacheDirectoryError(
+            f"{path} {problem}. Keys and values are private: remove it or choose another cache_dir."
+        )
+
+
+@contextmanager
+def _root_lock(root: Path) -> Iterator[None]:
+    """Held while folders are made or collected, so that a folder is never seen before its own lock is taken."""
+    deadline = time.monotonic() + _ROOT_LOCK_SECONDS
+    while True:
+        fd = shim.disk.open(root / LOCK, os.O_RDWR | os.O_CREAT)
+        try:
+            if shim.disk.try_lock(fd) and _is_still_there(root / LOCK, fd):
+                yield
+                return
+        finally:
+            shim.disk.close(fd)
+        if time.monotonic() > deadline:
+            raise CacheBusyError(f"Another process has held {root / LOCK} for {_ROOT_LOCK_SECONDS:.0f} s.")
+        time.sleep(0.01)
+        # the last session of a root removes it, perhaps while we waited
+        if not root.is_dir():
+            shim.disk.mkdir(root)
+
+
+def _is_still_there(path: Path, fd: int) -> bool:
+    """Whether `path` still is the file that was opened, and has no second name."""
+    try:
+        now, opened = shim.disk.lstat(path), shim.disk.fstat(fd)
+    except FileNotFoundError:
+        return False
+    return (now.st_dev, now.st_ino) == (opened.st_dev, opened.st_ino) and opened.st_nlink == 1
+
+
+def _collect_dead(root: Path) -> None:
+    """Remove the folders of sessions that ended without doing so. The caller holds the root lock."""
+    tag = root / TAG
+    if not tag.exists():
+        fd = shim.disk.open(tag, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
+        try:
+            shim.write_all(fd, [memoryview(_TAG_TEXT)], 0)
+        finally:
+            shim.disk.close(fd)
+    for name in shim.disk.listdir(root):
+        if not _RUN.fullmatch(name):
+            continue
+        try:
+            _check_private(root / name)
+            if _owner_is_dead(root / name):
+                _remove_folder(root / name)
+        except (OSError, OllmError) as error:  # one folder that cannot be removed must not stop a session
+            logger.warning("Left %s as it is: %s", root / name, error)
+
+
+def _owner_is_dead(path: Path) -> bool:
+    try:
+        fd = shim.disk.open(path / LOCK, os.O_RDWR)
+    except FileNotFoundError:
+        return True
+    try:
+        return shim.disk.try_lock(fd)
+    finally:
+        shim.disk.close(fd)
+
+
+def _remove_folder(path: Path) -> None:
+    """Delete the files that the format knows, then the folder; the lock goes last."""
+    try:
+        names = shim.disk.listdir(path)
+    except FileNotFoundError:
+        return
+    for name in sorted(names, key=lambda name: name == LOCK):
+        if _KNOWN_FILE.fullmatch(name):
+            shim.disk.unlink(path / name)
+        else:
+            logger.warning("%s is no file of ollm's, so it stays, and so does its folder.", path / name)
+    if all(_KNOWN_FILE.fullmatch(name) for name in names):
+        shim.disk.rmdir(path)
+
+
+def _remove_root_if_empty(root: Path) -> None:
+    """Leave nothing behind: the root goes with its last session, unless somebody is using it right now."""
+    try:
+        fd = shim.disk.open(root / LOCK, os.O_RDWR)
+    except OSError:
+        return
+    try:
+        if shim.disk.try_lock(fd) and set(shim.disk.listdir(root)) <= {LOCK, TAG}:
+            for name in (TAG, LOCK):
+                if name in shim.disk.listdir(root):
+                    shim.disk.unlink(root / name)
+            shim.disk.rmdir(root)
+    except OSError as error:
+        logger.debug("Left %s as it is: %s", root, error)
+    finally:
+        shim.disk.close(fd)

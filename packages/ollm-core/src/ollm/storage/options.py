@@ -1,0 +1,39 @@
+"""Options that every store on the storage helper shares; a store's own options class may inherit them."""
+
+from __future__ import annotations
+
+import attrs
+
+from ollm.contracts.options import option
+from ollm.units import ByteSize
+
+VERIFY_CHOICES = ("always", "first", "never")
+
+
+def _not_negative(_: object, attribute: attrs.Attribute[int], value: int) -> None:
+    if value < 0:
+        raise ValueError(f"{attribute.name}={value} is negative")
+
+
+def _verify_choice(_: object, attribute: attrs.Attribute[str], value: str) -> None:
+    if value not in VERIFY_CHOICES:
+        raise ValueError(f"{attribute.name}={value!r} is none of {', '.join(VERIFY_CHOICES)}")
+
+
+@attrs.frozen(kw_only=True)
+class StorageOptions:
+    """How carefully and how much a store may use the disk."""
+
+    verify: str = option(
+        "first",
+        help="Check payload hashes: on every read (always), on the first read of a record (first), or never.",
+        validator=_verify_choice,
+    )
+    max_disk_bytes: ByteSize | None = option(
+        None, help="Bytes that this cache may take on disk; reaching them is an error. Default: no limit of its own."
+    )
+    min_free_bytes: ByteSize = option(
+        ByteSize(256 * 2**20),
+        help="Bytes that must stay free on the disk; checked before writing.",
+        validator=_not_negative,
+    )

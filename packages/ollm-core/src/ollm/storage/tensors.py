@@ -1,0 +1,81 @@
+"""Between tensors and raw little-endian bytes: keys, then values, each contiguous as `[rows, heads, tokens, size]`."""
+
+from __future__ import annotations
+
+import sys
+
+import attrs
+import torch
+from torch import Tensor
+
+from ollm.contracts.kv import Extent, KVBlock
+from ollm.errors import StorageError, StoreContractError
+from ollm.storage.records import DTYPE_CODES
+
+
+@attrs.frozen
+class LayerLayout:
+    """What turns the raw bytes of one layer's extents back into tensors."""
+
+    dtype: torch.dtype
+    kv_heads: int
+    key_size: int
+    value_size: int
+
+    @classmethod
+    def of(cls, keys: Tensor, values: Tensor) -> LayerLayout:
+        """The layout of keys `[rows, kv_heads, tokens, key_size]` and values of the same rows, heads and tokens.
+
+        Raises:
+            StoreContractError: when the two do not belong together.
+        """
+        if keys.dim() != 4 or values.dim() != 4 or keys.shape[:3] != values.shape[:3] or keys.dtype != values.dtype:
+            raise StoreContractError(
+                f"Keys {tuple(keys.shape)} {keys.dtype} and values {tuple(values.shape)} {values.dtype} do not belong "
+                "together: a store takes [rows, kv_heads, tokens, size], both of one dtype."
+            )
+        return cls(keys.dtype, keys.shape[1], keys.shape[3], values.shape[3])
+
+    @property
+    def dtype_name(self) -> str:
+        """`bfloat16`, `float32`, …: the name in manifests and record headers."""
+        return str(self.dtype).removeprefix("torch.")
+
+    def key_bytes(self, rows: int, tokens: int) -> int:
+        """Bytes of the keys of so many tokens."""
+        return rows * self.kv_heads * tokens * self.key_size * self.dtype.itemsize
+
+    def nbytes(self, rows: int, tokens: int) -> int:
+        """Bytes of keys and values of so many tokens."""
+        return rows * self.kv_heads * tokens * (self.key_size + self.value_size) * self.dtype.itemsize
+
+
+def tensor_bytes(tensor: Tensor) -> memoryview:
+    """The bytes of a tensor: a view where it is contiguous and on the host, else of a copy."""
+    host = tensor.detach().to("cpu").contiguous()
+    return memoryview(host.reshape(-1).view(torch.uint8).numpy())
+
+
+def pack(keys: Tensor, values: Tensor) -> list[memoryview]:
+    """The payload of one extent, as buffers to be written one after the other.
+
+    Raises:
+        StorageError: for dtypes that the format does not have, and on big-endian machines.
+    """
+    name = str(keys.dtype).removeprefix("torch.")
+    if name not in DTYPE_CODES:
+        raise StorageError(
+            f"Keys and values of dtype {name} cannot be stored; the format has {', '.join(DTYPE_CODES)}."
+        )
+    if sys.byteorder != "little":
+        raise StorageError("Payloads are little-endian and this machine is not: use cache_strategy='resident'.")
+    return [tensor_bytes(keys), tensor_bytes(values)]
+
+
+def unpack(layout: LayerLayout, extent: Extent, raw: Tensor) -> KVBlock:
+    """Keys and values as views of raw bytes (uint8, as long as the extent)."""
+    border = layout.key_bytes(extent.rows, extent.tokens)
+    shape = (extent.rows, layout.kv_heads, extent.tokens)
+    keys = raw[:border].view(layout.dtype).view(*shape, layout.key_size)
+    values = raw[border:].view(layout.dtype).view(*shape, layout.value_size)
+    return KVBlock(keys, values)
