@@ -101,8 +101,8 @@ def _check_lifecycle(lifecycle: str, name: str, facts: KVFacts) -> None:
                 f"cache_lifecycle='persistent' with cache_strategy={name!r}: that strategy keeps nothing on disk."
             )
         raise ConfigurationError(
-            "cache_lifecycle='persistent' is not built yet; its folder layout is fixed in docs/reference/on-disk-format.md. "
-            "Use 'runtime-scoped'."
+            "cache_lifecycle='persistent' is not built yet: use 'runtime-scoped'. "
+            "(Its folder layout is fixed in docs/reference/on-disk-format.md.)"
         )
 
 

@@ -13,7 +13,7 @@ class LlamaAdapter(ModelAdapter):
     """Llama: `model.layers`, weights under `model.layers.`."""
 
     def matches(self, config: Any) -> bool:
-        return config.model_type == "llama"
+        return bool(config.model_type == "llama")
 
     def parts(self, model: nn.Module) -> ModelParts:
         return ModelParts(layers=tuple(model.get_submodule("model.layers").children()), key_prefix="model.layers.")

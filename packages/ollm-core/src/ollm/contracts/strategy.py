@@ -21,12 +21,17 @@ T_co = TypeVar("T_co", covariant=True)
 _NAME = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")
 
 
-def _check_name(_: object, attribute: attrs.Attribute[str], value: object) -> None:
+def _is_text(_: object, attribute: Any, value: Any) -> None:
+    if not isinstance(value, str):
+        raise TypeError(f"{attribute.name}={value!r}: must be text")
+
+
+def _check_name(_: object, attribute: Any, value: Any) -> None:
     if not isinstance(value, str) or not _NAME.fullmatch(value):
         raise ValueError(f"{attribute.name}={value!r}: use lower-case words joined by '-', such as 'sliding-window'")
 
 
-def _check_options(_: object, attribute: attrs.Attribute[type], value: object) -> None:
+def _check_options(_: object, attribute: Any, value: Any) -> None:
     if not isinstance(value, type) or not attrs.has(value):
         raise TypeError(f"{attribute.name}={value!r}: must be a class made with attrs")
 
@@ -76,7 +81,7 @@ class Strategy(Generic[T_co]):
 
     name: str = attrs.field(validator=_check_name)
     """Lower-case words joined by `-`. First-party names are reserved; see `ollm plugins`."""
-    summary: str = attrs.field(validator=[attrs.validators.instance_of(str), attrs.validators.min_len(1)])
+    summary: str = attrs.field(validator=attrs.validators.and_(_is_text, attrs.validators.min_len(1)))
     """One line for `ollm plugins`."""
     build: Callable[[Any], T_co] = attrs.field(validator=attrs.validators.is_callable())
     """Makes the object, importing what is heavy. Takes a `BuildContext` (`KVBuildContext` for KV stores)."""

@@ -102,5 +102,5 @@ def _how_to_install(name: str, distribution: str, extra: str | None) -> str:
 
 @functools.cache
 def registry() -> Registry:
-    """The registry of this process, made when first asked for. `registry.cache_clear()` makes the next call look again."""
+    """The registry of this process, made on first use; `registry.cache_clear()` makes the next call look again."""
     return Registry(discover())

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import re
 import sys
 import traceback
 from collections.abc import Iterable, Iterator
@@ -43,7 +44,7 @@ def _owner(point: importlib_metadata.EntryPoint) -> tuple[str, str]:
     dist = point.dist
     if dist is None:
         return "unknown", "0"
-    return importlib_metadata.Prepared.normalize(dist.name).replace("_", "-"), dist.version
+    return re.sub(r"[-_.]+", "-", dist.name).lower(), dist.version
 
 
 def _report(point: importlib_metadata.EntryPoint, disabled: set[str]) -> PluginReport:

@@ -190,5 +190,5 @@ class KVCache(Cache):
         for index, layer in enumerate(self.layers):
             if not hasattr(layer, operation):
                 raise UnsupportedOperationError(
-                    f"{operation}: layer {index} is a {type(layer).__name__}, whose state transformers cannot do that to."
+                    f"{operation}: transformers has no such operation for layer {index}, a {type(layer).__name__}."
                 )

@@ -41,6 +41,7 @@ from ollm.storage.records import (
     padded,
     payload_hash,
 )
+from ollm.storage.tensors import tensor_bytes
 from ollm.units import format_size
 
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -175,7 +176,7 @@ class SegmentedStorage:
         if segment is None or dtype is None:
             raise CorruptDataError(f"{self._where(extent)} is not in this storage.")
         raw = torch.empty(ALIGNMENT + extent.nbytes, dtype=torch.uint8)
-        buffer = memoryview(raw.numpy())
+        buffer = tensor_bytes(raw)
         try:
             shim.read_exactly(segment.fd, buffer, extent.offset - ALIGNMENT)
         except EOFError as error:

@@ -53,7 +53,7 @@ class LayerLayout:
 def tensor_bytes(tensor: Tensor) -> memoryview:
     """The bytes of a tensor: a view where it is contiguous and on the host, else of a copy."""
     host = tensor.detach().to("cpu").contiguous()
-    return memoryview(host.reshape(-1).view(torch.uint8).numpy())
+    return memoryview(host.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]  # numpy's stubs hide it
 
 
 def pack(keys: Tensor, values: Tensor) -> list[memoryview]:
