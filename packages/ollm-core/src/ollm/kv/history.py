@@ -55,7 +55,7 @@ class LayerHistory:
             self._session.truncate(self.layer, before)
             raise
         self._row_maps += [None] * (len(self._session.store.extents(self.layer)) - len(self._row_maps))
-        self._session.spills += 1
+        self._session.counters.spills += 1
         rest = Tail()
         if flush < pending.tokens:
             rest.append(*pending.slice(flush, pending.tokens))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ from ollm.contracts.kv import Extent, KVBlock, KVStore
 from ollm.contracts.spill import SpillPlan
 from ollm.errors import StoreContractError
 from ollm.kv.residency import Residency
+from ollm.kv.state import KVCounters
 from ollm.storage.tensors import LayerLayout
 
 EXTENT_BYTES = 4 * 2**20
@@ -38,7 +40,7 @@ class KVSession:
         self.store = store
         self.plan = plan
         self.strategy = strategy
-        self.spills = 0
+        self.counters = KVCounters()
         self.residency = Residency(plan.resident_bytes if keep_resident else 0, layers)
         self._pins: Counter[Extent] = Counter()
         self._dropped: set[Extent] = set()
@@ -47,7 +49,10 @@ class KVSession:
     def append(self, layer: int, keys: Tensor, values: Tensor) -> Extent:
         """Store one extent and return it as the store lists it."""
         before = self.store.extents(layer)
+        began = time.perf_counter()
         self.store.append(layer, keys, values)
+        self.counters.save_seconds += time.perf_counter() - began
+        self.counters.saved_bytes += keys.nbytes + values.nbytes
         after = self.store.extents(layer)
         start = before[-1].stop if before else 0
         rows, _, tokens, _ = keys.shape
@@ -96,12 +101,15 @@ class KVSession:
         """The keys and values of a pinned extent on `device`, with the rows that it was written with."""
         block = self.residency.get(extent)
         if block is None:
+            began = time.perf_counter()
             raw = self.store.read(extent)
             if raw.dtype != torch.uint8 or raw.numel() != extent.nbytes:
                 raise StoreContractError(
                     f"KV store '{self.strategy}': read() of {extent} gave {raw.numel()} elements of {raw.dtype}."
                 )
             block = self.store.decode(extent, raw.to(device), out)
+            self.counters.load_seconds += time.perf_counter() - began
+            self.counters.loaded_bytes += extent.nbytes
             self._check_block(extent, layout, block)
         return block
 

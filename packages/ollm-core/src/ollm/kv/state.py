@@ -1,10 +1,22 @@
-"""`CacheState`: what a cache can say of itself, the same record for every strategy."""
+"""What a cache can say of itself: running counters, and a state record that is the same for every strategy."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import attrs
+
+
+@attrs.define
+class KVCounters:
+    """What went to and came from a store since the cache was made. Bytes of keys and values, without headers."""
+
+    saved_bytes: int = 0
+    save_seconds: float = 0.0
+    loaded_bytes: int = 0
+    load_seconds: float = 0.0
+    spills: int = 0
+    """Flushes of a layer's tail."""
 
 
 @attrs.frozen(kw_only=True)
@@ -32,7 +44,10 @@ class CacheState:
     disk_bytes: int
     """What the store's files take now."""
     bytes_written: int
+    """Bytes that the store wrote since the start: what a flash disk wears by."""
     bytes_read: int
+    save_seconds: float
+    load_seconds: float
     spills: int
     """Flushes of a layer's tail."""
     evictions: int

@@ -20,7 +20,7 @@ from ollm.errors import (
 )
 from ollm.kv.history import LayerHistory
 from ollm.kv.session import KVSession
-from ollm.kv.state import CacheState
+from ollm.kv.state import CacheState, KVCounters
 from ollm.seam.geometry import STORED_LAYER_TYPE, layer_types
 from ollm.seam.layers import StoredLayer, stock_layer, why_not_croppable
 
@@ -53,6 +53,11 @@ class KVCache(Cache):
         self._attention_layers = [i for i, layer in enumerate(layers) if isinstance(layer, CacheLayerMixin)]
         if not self._stored:
             logger.warning("No layer of this model has full attention, so nothing of it goes to a store.")
+
+    @property
+    def counters(self) -> KVCounters:
+        """Bytes and seconds of loading and saving so far; a live object."""
+        return self._session.counters
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -136,7 +141,9 @@ class KVCache(Cache):
             disk_bytes=stats.disk_bytes,
             bytes_written=stats.bytes_written,
             bytes_read=stats.bytes_read,
-            spills=self._session.spills,
+            save_seconds=self.counters.save_seconds,
+            load_seconds=self.counters.load_seconds,
+            spills=self.counters.spills,
             evictions=stats.evictions,
             evicted_tokens=stats.evicted_tokens,
             compactions=stats.compactions,

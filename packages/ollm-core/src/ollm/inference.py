@@ -1,0 +1,232 @@
+"""`Inference` and `AutoInference`: direct control over a model, its cache and where its layers live.
+
+They hold native transformers objects (`model`, `tokenizer`) and add what transformers has not: disk-backed caches,
+placements, and stage timings.
+"""
+
+from __future__ import annotations
+
+import logging as _logging
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ollm.adapters import find_adapter
+from ollm.devices import resolve_device
+from ollm.errors import ConfigurationError, NotLoadedError
+from ollm.factory import disk_cache
+from ollm.models.directory import check_model_directory
+from ollm.models.references import resolve_reference
+from ollm.placement import PlacementRecord, place_layers
+from ollm.seam.loading import apply_adapter, load_config, load_model, load_tokenizer
+from ollm.stats import Meter, Stats
+
+if TYPE_CHECKING:
+    from ollm.seam.cache import KVCache
+
+logger = _logging.getLogger("ollm")
+
+
+class _Native:
+    """A model on one device with what belongs to it. Nothing is loaded until `_load`."""
+
+    def __init__(
+        self, *, device: str | torch.device, logging: bool, multimodality: bool, dtype: torch.dtype | None
+    ) -> None:
+        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+            raise ConfigurationError(
+                f"dtype={dtype!r}: give a floating-point torch.dtype, or None for the checkpoint's."
+            )
+        if multimodality:
+            raise ConfigurationError(
+                "multimodality=True: this version runs text models only. Leave it False and prompt with text."
+            )
+        self.device = resolve_device(device)
+        self.model: Any = None
+        """The transformers model."""
+        self.tokenizer: Any = None
+        self.processor: Any = None
+        """`None` for text models."""
+        self.stats = Stats()
+        """Stage timings and bytes; filled while `logging` is on."""
+        self.adapter: str | None = None
+        """Name of the model adapter in use."""
+        self.placement: PlacementRecord | None = None
+        """What the last `offload_layers_to_cpu` decided."""
+        self._dtype = dtype
+        self._logging = logging
+        self._meter: Meter | None = None
+        self._base: Any = None
+
+    def DiskCache(  # noqa: N802 - the guide's name
+        self,
+        cache_dir: str | os.PathLike[str] | None = None,
+        cache_strategy: str = "chunked",
+        cache_lifecycle: str = "runtime-scoped",
+        cache_window_tokens: int | None = None,
+        ram_budget: int | str | None = None,
+        spill_policy: str | None = None,
+        options: Mapping[str, Any] | None = None,
+    ) -> KVCache:
+        """A KV cache for this model; see `ollm.disk_cache` for the arguments and errors.
+
+        Raises:
+            NotLoadedError: before a model is loaded.
+        """
+        self._check_loaded("DiskCache")
+        cache = disk_cache(
+            self.model,
+            cache_dir=cache_dir,
+            cache_strategy=cache_strategy,
+            cache_lifecycle=cache_lifecycle,
+            cache_window_tokens=cache_window_tokens,
+            ram_budget=ram_budget,
+            spill_policy=spill_policy,
+            options=options,
+        )
+        if self._meter is not None:
+            self._meter.flush()
+            self.stats.caches.append(cache.counters)
+        return cache
+
+    def offload_layers_to_cpu(self, layers_num: int, policy: str = "auto") -> PlacementRecord:
+        """Choose decoder layers to keep in host memory; an earlier choice is replaced.
+
+        In this version weights are not streamed: all of them stay on `device`, as the record says.
+
+        Args:
+            layers_num: how many; more than there are means all.
+            policy: an offload placement: `auto`, `prefix`, `suffix`, `middle-band`, or a plugin's.
+
+        Raises:
+            NotLoadedError: before a model is loaded.
+            ConfigurationError: for a bad count or an unknown policy; without `ollm-offload`, how to install it.
+        """
+        self._check_loaded("offload_layers_to_cpu")
+        _, adapter = find_adapter(self._base.config)
+        self.placement = place_layers(
+            adapter.parts(self._base), target="cpu", layers_num=layers_num, policy=policy, device=str(self.device)
+        )
+        if self._logging:
+            logger.info("%s", self.placement)
+        return self.placement
+
+    def _load(self, path: Path, adapter_dir: Path | None) -> None:
+        """Load a checked directory, or leave everything as it was."""
+        began = time.perf_counter()
+        config = load_config(path)
+        if getattr(config, "text_config", None) is not None:
+            raise ConfigurationError(
+                f"{path} is a multimodal checkpoint (model type {config.model_type!r}); this version runs text models only."
+            )
+        adapter, _ = find_adapter(config)
+        tokenizer = load_tokenizer(path)
+        base = load_model(path, device=self.device, dtype=self._dtype)
+        model = base if adapter_dir is None else apply_adapter(base, adapter_dir)
+        if self._meter is not None:
+            self._meter.remove()
+        self.adapter, self.tokenizer, self.model, self._base = adapter, tokenizer, model, base
+        self.placement = None
+        self.stats = Stats(
+            load_seconds=time.perf_counter() - began, load_bytes=sum(weight.nbytes for weight in model.parameters())
+        )
+        self._meter = Meter(model, self.stats) if self._logging else None
+        if self._logging:
+            logger.info("loaded %s with adapter '%s' in %.2f s", path, adapter, self.stats.load_seconds)
+
+    def _check_loaded(self, operation: str) -> None:
+        if self.model is None:
+            raise NotLoadedError(f"{operation}() needs a loaded model: call ini_model() first.")
+
+
+class Inference(_Native):
+    """A model by alias, local directory or Hub id.
+
+    ```python
+    o = Inference("llama3-1B-chat", device="cuda:0", logging=True)
+    o.ini_model(models_dir="./models/", force_download=False)
+    cache = o.DiskCache(cache_dir="./kv_cache/", cache_strategy="chunked")
+    o.model.generate(..., past_key_values=cache, streamer=TextStreamer(o.tokenizer, skip_prompt=True))
+    ```
+    """
+
+    def __init__(
+        self,
+        model_id: str,
+        device: str | torch.device = "cuda:0",
+        logging: bool = True,
+        multimodality: bool = False,
+        *,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        """Check the arguments; nothing is loaded before `ini_model`.
+
+        Args:
+            model_id: an alias such as `llama3-1B-chat`, a directory, or `org/name[@revision]`.
+            device: one device, `cpu` or `cuda:N`.
+            logging: collect `stats` and log one line per generation to the logger `ollm`.
+            multimodality: must be `False` in this version.
+            dtype: of the weights; the checkpoint's by default.
+
+        Raises:
+            ConfigurationError: for an unknown id (the aliases are listed) and other bad arguments.
+            DeviceError: when the device is not there.
+        """
+        super().__init__(device=device, logging=logging, multimodality=multimodality, dtype=dtype)
+        self.reference = resolve_reference(model_id)
+
+    def ini_model(self, models_dir: str | os.PathLike[str] = "./models/", force_download: bool = False) -> None:
+        """Load the model from `models_dir/<alias>`, `models_dir/<org>/<name>`, or the directory that was named.
+
+        Raises:
+            ModelDirectoryError: when the directory is missing or incomplete; lists what is missing.
+            ConfigurationError: for `force_download=True`, which this version does not have.
+        """
+        if force_download:
+            raise ConfigurationError(
+                "force_download=True: this version does not download. Put the model into the directory yourself, for "
+                f"example with `hf download {self.reference.hub_id or '<org/name>'} --local-dir <directory>`."
+            )
+        path = self.reference.directory(models_dir)
+        advice = ""
+        if self.reference.hub_id is not None:
+            repository, _, revision = self.reference.hub_id.partition("@")
+            advice = f"This version does not download; get it with: hf download {repository} --local-dir {path}" + (
+                f" --revision {revision}" if revision else ""
+            )
+        check_model_directory(path, where_from=advice)
+        self._load(path, None)
+
+
+class AutoInference(_Native):
+    """Any model directory that transformers can load, with an optional PEFT adapter. Loads in the constructor."""
+
+    def __init__(
+        self,
+        model_dir: str | os.PathLike[str],
+        adapter_dir: str | os.PathLike[str] | None = None,
+        device: str | torch.device = "cuda:0",
+        multimodality: bool = False,
+        logging: bool = True,
+        *,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        """Load `model_dir`.
+
+        Args:
+            model_dir: a local model directory, sharded or not.
+            adapter_dir: a PEFT LoRA checkpoint as a trainer leaves it; needs `ollm-core[peft]`.
+            device, multimodality, logging, dtype: as for `Inference`.
+
+        Raises:
+            ModelDirectoryError: when a directory is missing, incomplete, or does not fit.
+            ConfigurationError, DeviceError, MissingExtraError: as for `Inference`, and without peft.
+        """
+        super().__init__(device=device, logging=logging, multimodality=multimodality, dtype=dtype)
+        path = Path(model_dir)
+        check_model_directory(path)
+        self._load(path, None if adapter_dir is None else Path(adapter_dir))

@@ -1,0 +1,120 @@
+"""`Stats`: stage timings and bytes of one loaded model, counted from outside through forward hooks."""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import TYPE_CHECKING, Any
+
+import attrs
+
+from ollm.kv.state import KVCounters
+from ollm.units import format_size
+
+if TYPE_CHECKING:
+    from torch import nn
+
+logger = logging.getLogger("ollm")
+
+
+@attrs.define
+class Stats:
+    """Counters since the model was loaded. A forward of several tokens counts as prefill, one of a single as decode.
+
+    One line per generation is logged (logger `ollm`, level INFO) when the next one begins, or when a cache is made:
+    transformers does not say when a generation ends.
+    """
+
+    load_seconds: float = 0.0
+    """Loading the model from disk."""
+    load_bytes: int = 0
+    """Weights loaded."""
+    prefill_tokens: int = 0
+    prefill_seconds: float = 0.0
+    decode_tokens: int = 0
+    decode_seconds: float = 0.0
+    generations: int = 0
+    caches: list[KVCounters] = attrs.field(factory=list, repr=False)
+    """Counters of every cache made for this model."""
+
+    @property
+    def kv_saved_bytes(self) -> int:
+        """Keys and values handed to stores."""
+        return sum(cache.saved_bytes for cache in self.caches)
+
+    @property
+    def kv_save_seconds(self) -> float:
+        return sum(cache.save_seconds for cache in self.caches)
+
+    @property
+    def kv_loaded_bytes(self) -> int:
+        """Keys and values read back from stores."""
+        return sum(cache.loaded_bytes for cache in self.caches)
+
+    @property
+    def kv_load_seconds(self) -> float:
+        return sum(cache.load_seconds for cache in self.caches)
+
+    def totals(self) -> tuple[float, ...]:
+        """The counters that a generation adds to, in the order of `summary`."""
+        return (
+            self.prefill_tokens, self.prefill_seconds, self.decode_tokens, self.decode_seconds,
+            self.kv_saved_bytes, self.kv_save_seconds, self.kv_loaded_bytes, self.kv_load_seconds,
+        )  # fmt: skip
+
+    def summary(self, since: tuple[float, ...] = (0,) * 8) -> str:
+        """The counters in one line; `since`: earlier `totals()` to be subtracted."""
+        prefilled, prefill, decoded, decode, saved, save, loaded, load = (
+            now - then for now, then in zip(self.totals(), since, strict=True)
+        )
+        return (
+            f"prefill {prefilled:.0f} tokens in {prefill:.2f} s, decode {decoded:.0f} tokens in {decode:.2f} s, "
+            f"KV saved {format_size(int(saved))} in {save:.2f} s, KV loaded {format_size(int(loaded))} in {load:.2f} s"
+        )
+
+
+class Meter:
+    """Fills a `Stats` from the forwards of a model. Removable; changes nothing of the model."""
+
+    def __init__(self, model: nn.Module, stats: Stats) -> None:
+        self._stats = stats
+        self._began = 0.0
+        self._decoding = True
+        self._since = stats.totals()
+        self._handles = [
+            model.register_forward_pre_hook(self._before),
+            model.register_forward_hook(self._after, with_kwargs=True),
+        ]
+
+    def flush(self) -> None:
+        """Log the generation since the last line, if there was one."""
+        if self._stats.totals() != self._since:
+            logger.info("generation %d: %s", self._stats.generations, self._stats.summary(self._since))
+            self._since = self._stats.totals()
+            self._decoding = True
+
+    def remove(self) -> None:
+        """Take the hooks off the model."""
+        for handle in self._handles:
+            handle.remove()
+
+    def _before(self, module: nn.Module, args: Any) -> None:
+        self._began = time.perf_counter()
+
+    def _after(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        seconds = time.perf_counter() - self._began
+        inputs = next((x for x in (kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args) if x is not None), None)
+        if inputs is None:
+            return
+        rows, length = inputs.shape[:2]
+        if length == 1:
+            self._decoding = True
+            self._stats.decode_tokens += rows
+            self._stats.decode_seconds += seconds
+            return
+        if self._decoding:  # else it is a further chunk of the same prompt
+            self.flush()
+            self._stats.generations += 1
+            self._decoding = False
+        self._stats.prefill_tokens += rows * length
+        self._stats.prefill_seconds += seconds
