@@ -62,7 +62,7 @@ class _Native:
         self._meter: Meter | None = None
         self._base: Any = None
 
-    def DiskCache(  # noqa: N802 - the guide's name
+    def DiskCache(
         self,
         cache_dir: str | os.PathLike[str] | None = None,
         cache_strategy: str = "chunked",
@@ -121,7 +121,7 @@ class _Native:
         config = load_config(path)
         if getattr(config, "text_config", None) is not None:
             raise ConfigurationError(
-                f"{path} is a multimodal checkpoint (model type {config.model_type!r}); this version runs text models only."
+                f"{path} is a multimodal checkpoint ({config.model_type}); this version runs text models only."
             )
         adapter, _ = find_adapter(config)
         tokenizer = load_tokenizer(path)
