@@ -59,7 +59,7 @@ def disk_cache(
     offer = names.get(Kind.KV_STORE, cache_strategy)
     name, facts = names.name_of(offer), offer.strategy.facts
     assert facts is not None  # the registry refuses KV stores without
-    settings = names.options(offer, dict(options or {}))
+    settings = names.options(offer, {} if options is None else options)
     _check_lifecycle(cache_lifecycle, name, facts)
     _check_window(cache_window_tokens, name, facts)
     directory = _check_cache_dir(cache_dir, name, facts)

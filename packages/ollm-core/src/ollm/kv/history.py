@@ -11,7 +11,7 @@ from torch import Tensor
 from ollm.contracts.kv import KVBlock
 from ollm.errors import StoreContractError
 from ollm.kv.rows import RowMap, select
-from ollm.kv.session import EXTENT_BYTES, KVSession
+from ollm.kv.session import KVSession
 from ollm.kv.tail import Pending, Tail
 from ollm.storage.tensors import LayerLayout
 
@@ -143,7 +143,7 @@ class LayerHistory:
         assert self._layout is not None
         size = self._session.store.extent_tokens
         if size is None:
-            most = max(EXTENT_BYTES // self._layout.nbytes(self.rows, 1), 1)
+            most = max(self._session.residency.extent_bytes // self._layout.nbytes(self.rows, 1), 1)
             pieces = -(-tokens // most)
             size = -(-tokens // pieces)
         return [(start, min(start + size, tokens)) for start in range(0, tokens, size)]

@@ -8,6 +8,10 @@ from __future__ import annotations
 
 from ollm.contracts.kv import Extent, KVBlock
 
+MOST_EXTENT_BYTES = 4 * 2**20
+LEAST_EXTENT_BYTES = 2**20
+"""Reads of 1 – 4 MiB run at the speed of the disk."""
+
 
 class Residency:
     """Keeps blocks within a byte budget that is shared evenly between layers."""
@@ -16,6 +20,13 @@ class Residency:
         self._share = budget // layers if layers else 0
         self._blocks: dict[Extent, KVBlock] = {}
         self._used: dict[int, int] = {}
+
+    @property
+    def extent_bytes(self) -> int:
+        """The largest extent that core should cut: pieces that fill a layer's share, within what disks like."""
+        if self._share < LEAST_EXTENT_BYTES:
+            return MOST_EXTENT_BYTES
+        return self._share // -(-self._share // MOST_EXTENT_BYTES)
 
     @property
     def nbytes(self) -> int:

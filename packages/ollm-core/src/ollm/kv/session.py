@@ -18,9 +18,6 @@ from ollm.kv.residency import Residency
 from ollm.kv.state import KVCounters
 from ollm.storage.tensors import LayerLayout
 
-EXTENT_BYTES = 4 * 2**20
-"""Largest extent that core cuts of its own accord: reads of 1 – 4 MiB run at the speed of the disk."""
-
 
 class KVSession:
     """What the layers of one cache share. Every answer of the store is checked here, so that a faulty one cannot

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import attrs
@@ -58,7 +58,7 @@ class Registry:
             )
         raise UnknownStrategyError(self._unknown(kind, name, rivals))
 
-    def options(self, offer: Offer, values: dict[str, Any]) -> Any:
+    def options(self, offer: Offer, values: Mapping[str, Any]) -> Any:
         """Options for an offer, checked; see `structure_options`."""
         return structure_options(offer.strategy.options, values, strategy=self.name_of(offer))
 

@@ -41,16 +41,12 @@ class KVCache(Cache):
         self._lossless = lossless
         self._closed = False
         self._stored: dict[int, LayerHistory] = {}
-        layers: list[Any] = []
-        types, arguments = layer_types(config)
-        for index, (kind, kwargs) in enumerate(zip(types, arguments, strict=True)):
+        self._layer_types = list(zip(*layer_types(config), strict=True))
+        for index, (kind, _) in enumerate(self._layer_types):
             if kind == STORED_LAYER_TYPE:
                 self._stored[index] = LayerHistory(index, session)
-                layers.append(StoredLayer(self._stored[index], croppable=lossless))
-            else:
-                layers.append(stock_layer(kind, kwargs))
-        super().__init__(layers=layers)
-        self._attention_layers = [i for i, layer in enumerate(layers) if isinstance(layer, CacheLayerMixin)]
+        super().__init__(layers=[self._new_layer(index) for index in range(len(self._layer_types))])
+        self._attention_layers = [i for i, layer in enumerate(self.layers) if isinstance(layer, CacheLayerMixin)]
         if not self._stored:
             logger.warning("No layer of this model has full attention, so nothing of it goes to a store.")
 
@@ -115,9 +111,14 @@ class KVCache(Cache):
         super().reorder_cache(beam_idx)
 
     def reset(self) -> None:
-        """Forget everything; the cache can then serve another batch."""
+        """Forget everything; the cache can then serve another batch.
+
+        Stock layers are made anew: transformers' recurrent layers would keep the old batch's shape.
+        """
         self._check_open()
-        super().reset()
+        for history in self._stored.values():
+            history.crop(0)
+        self.layers[:] = [self._new_layer(index) for index in range(len(self.layers))]
 
     def state(self) -> CacheState:
         """What the cache holds and did so far. Works after `close()` too, with the counters as they were."""
@@ -170,6 +171,12 @@ class KVCache(Cache):
 
     def __reduce__(self) -> NoReturn:
         raise UnsupportedOperationError("A KVCache owns files and cannot be pickled: make one in each process.")
+
+    def _new_layer(self, index: int) -> Any:
+        if index in self._stored:
+            return StoredLayer(self._stored[index], croppable=self._lossless)
+        kind, arguments = self._layer_types[index]
+        return stock_layer(kind, arguments)
 
     def _check_open(self) -> None:
         if self._closed:

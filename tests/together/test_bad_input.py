@@ -1,0 +1,120 @@
+"""Wrong arguments and full disks: a clear error before any work, and nothing left behind."""
+
+from __future__ import annotations
+
+import errno
+import os
+
+import pytest
+import torch
+
+from ollm import disk_cache
+from ollm.errors import CacheDirectoryError, ConfigurationError, DiskFullError, UnknownStrategyError
+from ollm.storage import shim
+from together.comparison import assert_same, cache_for, generate, stock_cache, tokens
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"cache_strategy": "chonked"}, UnknownStrategyError, "named 'chonked'.*chunked, resident.*Did you mean"),
+        ({"cache_strategy": "paged"}, UnknownStrategyError, "reserved for ollm-kv-paged, which this version"),
+        ({"cache_dir": ""}, ConfigurationError, "cache_dir='': cache_strategy='chunked' keeps keys and values on disk"),
+        ({"cache_dir": None}, ConfigurationError, "cache_dir=None"),
+        ({"cache_window_tokens": 64}, ConfigurationError, "cache_window_tokens=64 with cache_strategy='chunked'"),
+        ({"cache_lifecycle": "forever"}, ConfigurationError, "choose one of runtime-scoped, persistent"),
+        ({"cache_lifecycle": "persistent"}, ConfigurationError, "not built yet: use 'runtime-scoped'"),
+        (
+            {"cache_strategy": "resident", "cache_lifecycle": "persistent"},
+            ConfigurationError,
+            "'persistent' with cache_strategy='resident'",
+        ),
+        ({"cache_strategy": "resident", "ram_budget": 5}, ConfigurationError, "keeps everything in memory"),
+        ({"ram_budget": "lots"}, ConfigurationError, "ram_budget='lots' is not a size"),
+        ({"ram_budget": -1}, ConfigurationError, "ram_budget=-1"),
+        ({"spill_policy": "sometimes"}, UnknownStrategyError, "No spill policy named 'sometimes'.*auto"),
+        ({"options": {"page_tokens": 4}}, ConfigurationError, "'chunked' has no option 'page_tokens'.*verify"),
+        ({"options": {"verify": "maybe"}}, ConfigurationError, "always, first, never"),
+        ({"options": {"max_disk_bytes": "big"}}, ConfigurationError, "big"),
+        ({"options": "verify"}, ConfigurationError, "mapping"),
+    ],
+)  # fmt: skip
+def test_a_wrong_argument_is_refused_and_nothing_is_made(model, arguments, error, message, tmp_path):
+    place = tmp_path / "kv"
+    with pytest.raises(error, match=message):
+        disk_cache(model, **{"cache_dir": place, **arguments})
+    assert not place.exists()
+
+
+def test_a_cache_directory_that_is_a_file_is_refused(model, tmp_path):
+    (tmp_path / "kv").write_text("mine")
+    with pytest.raises(CacheDirectoryError, match=r"kv.*Choose a cache_dir"):
+        disk_cache(model, cache_dir=tmp_path / "kv")
+    assert (tmp_path / "kv").read_text() == "mine"
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="only root can give a folder away")
+def test_a_foreign_folder_is_refused(model, tmp_path):
+    foreign = tmp_path / "kv_cache_chunked"
+    foreign.mkdir()
+    os.chown(foreign, 12345, 12345)
+    with pytest.raises(CacheDirectoryError, match="belongs to another user"):
+        disk_cache(model, cache_dir=tmp_path)
+    assert list(foreign.iterdir()) == []
+
+
+def test_a_disk_limit_in_the_middle_of_a_prefill(model, tmp_path):
+    """Layer 1 of 3 finds no room: the error names the bytes, and after reset() a shorter text works."""
+    with cache_for(model, tmp_path, options={"max_disk_bytes": "40KiB"}) as cache:
+        with pytest.raises(DiskFullError, match=r"need .*KiB more .* max_disk_bytes=40.0 KiB are taken"):
+            model(tokens(1, 100), past_key_values=cache)
+        cache.reset()
+        assert cache.state().disk_bytes == 0
+        ids = tokens(1, 16)
+        assert_same(generate(model, ids, cache, new_tokens=4), generate(model, ids, stock_cache(model), new_tokens=4))
+    assert list(tmp_path.iterdir()) == []
+
+
+class FullDisk(shim.Disk):
+    """Takes so many bytes, then none, tearing the write that reaches the end."""
+
+    def __init__(self, room):
+        self.room = room
+
+    def pwrite(self, fd, buffers, offset):
+        if self.room <= 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        part = memoryview(b"".join(buffers))[: self.room]
+        self.room -= len(part)
+        return super().pwrite(fd, [part], offset)
+
+
+@pytest.mark.parametrize("room", [6_000, 20_000, 33_333, 50_000])
+def test_a_disk_that_fills_up_in_the_middle_of_a_prefill(model, room, tmp_path, monkeypatch):
+    ids = tokens(1, 100)
+    with cache_for(model, tmp_path) as cache:
+        with monkeypatch.context() as patch:
+            patch.setattr(shim, "disk", FullDisk(room))
+            with pytest.raises(DiskFullError, match="No space left on device"):
+                model(ids, past_key_values=cache)
+        cache.reset()
+        assert_same(generate(model, ids, cache), generate(model, ids, stock_cache(model)))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_that_is_full_while_decoding_loses_nothing_that_was_kept(model, tmp_path, monkeypatch):
+    """The layer that could not flush is as before; the forward is noticed as interrupted, never continued wrongly."""
+    with cache_for(model, tmp_path) as cache:
+        model(tokens(1, 20), past_key_values=cache)
+        before = cache.state()
+        with monkeypatch.context() as patch:
+            patch.setattr(shim, "disk", FullDisk(0))
+            with pytest.raises(DiskFullError):
+                model(tokens(1, 9), past_key_values=cache)
+        after = cache.state()
+        assert (after.tokens, after.tail_tokens, after.disk_bytes) == (20, before.tail_tokens, before.disk_bytes)
+        # layer 0 failed first, so all layers still agree and the same tokens can simply be given again
+        ids = tokens(1, 9)
+        stock = stock_cache(model)
+        model(tokens(1, 20), past_key_values=stock)
+        assert torch.equal(model(ids, past_key_values=cache).logits, model(ids, past_key_values=stock).logits)
