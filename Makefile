@@ -46,7 +46,7 @@ docs: setup
 	$(BIN)/sphinx-build -W --keep-going -q -b html docs docs/_build/html
 
 wheels: setup
-	$(BIN)/python tests/wheels.py
+	.ci/wheels
 
 check: lint types imports docs
 

@@ -21,8 +21,8 @@ logger = logging.getLogger("ollm")
 class Stats:
     """Counters since the model was loaded. A forward of several tokens counts as prefill, one of a single as decode.
 
-    One line per generation is logged (logger `ollm`, level INFO) when the next one begins, or when a cache is made:
-    transformers does not say when a generation ends.
+    One line per generation is logged (logger `ollm`, level INFO) when the next generation or cache begins, for
+    transformers does not say when one ends.
     """
 
     load_seconds: float = 0.0
@@ -80,41 +80,47 @@ class Meter:
         self._stats = stats
         self._began = 0.0
         self._decoding = True
+        self._logged = 0
         self._since = stats.totals()
         self._handles = [
-            model.register_forward_pre_hook(self._before),
+            model.register_forward_pre_hook(self._before, with_kwargs=True),
             model.register_forward_hook(self._after, with_kwargs=True),
         ]
 
     def flush(self) -> None:
-        """Log the generation since the last line, if there was one."""
-        if self._stats.totals() != self._since:
+        """Log the latest generation, unless it was logged before."""
+        if self._logged < self._stats.generations:
             logger.info("generation %d: %s", self._stats.generations, self._stats.summary(self._since))
-            self._since = self._stats.totals()
-            self._decoding = True
+            self._logged = self._stats.generations
 
     def remove(self) -> None:
         """Take the hooks off the model."""
         for handle in self._handles:
             handle.remove()
 
-    def _before(self, module: nn.Module, args: Any) -> None:
+    def _before(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        _, length = _shape(args, kwargs)
+        if length > 1 and self._decoding:  # else it is a further chunk of the same prompt
+            self.flush()
+            self._since = self._stats.totals()
+            self._stats.generations += 1
+        self._decoding = length == 1
         self._began = time.perf_counter()
 
     def _after(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         seconds = time.perf_counter() - self._began
-        inputs = next((x for x in (kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args) if x is not None), None)
-        if inputs is None:
-            return
-        rows, length = inputs.shape[:2]
+        rows, length = _shape(args, kwargs)
         if length == 1:
-            self._decoding = True
             self._stats.decode_tokens += rows
             self._stats.decode_seconds += seconds
-            return
-        if self._decoding:  # else it is a further chunk of the same prompt
-            self.flush()
-            self._stats.generations += 1
-            self._decoding = False
-        self._stats.prefill_tokens += rows * length
-        self._stats.prefill_seconds += seconds
+        else:
+            self._stats.prefill_tokens += rows * length
+            self._stats.prefill_seconds += seconds
+
+
+def _shape(args: Any, kwargs: dict[str, Any]) -> tuple[int, int]:
+    """Rows and new tokens of a forward; `(0, 0)` where it has neither ids nor embeddings."""
+    for inputs in (kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args[:1]):
+        if inputs is not None:
+            return inputs.shape[0], inputs.shape[1]
+    return 0, 0
