@@ -41,7 +41,7 @@ class KVCache(Cache):
         self._lossless = lossless
         self._closed = False
         self._stored: dict[int, LayerHistory] = {}
-        self._layer_types = list(zip(*layer_types(config), strict=True))
+        self._layer_types = layer_types(config)
         for index, (kind, _) in enumerate(self._layer_types):
             if kind == STORED_LAYER_TYPE:
                 self._stored[index] = LayerHistory(index, session)
@@ -79,12 +79,13 @@ class KVCache(Cache):
             ConfigurationError: for a positive number, or more tokens than there are.
         """
         self._check_open()
+        tokens_to_remove = int(tokens_to_remove)  # assisted decoding gives a tensor, up to 5.17
         if tokens_to_remove > 0 or -tokens_to_remove > self.get_seq_length():
             raise ConfigurationError(
                 f"crop({tokens_to_remove}): give a negative number of tokens to remove, at most the "
                 f"{self.get_seq_length()} that the cache holds."
             )
-        if tokens_to_remove == 0 and not any(map(self.is_recording_past, range(len(self.layers)))):
+        if tokens_to_remove == 0 and not any(getattr(layer, "record_past", False) for layer in self.layers):
             return
         for index, layer in enumerate(self.layers):
             reason = why_not_croppable(layer)

@@ -18,21 +18,23 @@ def decoder_config(model: Any) -> Any:
     return model.config.get_text_config(decoder=True)
 
 
-def layer_types(config: Any) -> tuple[list[str], list[dict[str, Any]]]:
-    """The cache layer type of every decoder layer, and the arguments of its stock class."""
-    return get_layer_types_and_kwargs(config)
+def layer_types(config: Any) -> list[tuple[str, dict[str, Any]]]:
+    """The cache layer type of every decoder layer, with the arguments of its stock class."""
+    types, arguments = get_layer_types_and_kwargs(config)
+    if isinstance(arguments, dict):  # up to 5.17 one dict serves all layers, whose classes ignore what is not theirs
+        arguments = [arguments] * len(types)
+    return list(zip(types, arguments, strict=True))
 
 
 def kv_geometry(config: Any, dtype: torch.dtype) -> KVGeometry:
     """Expected shapes of the stored layers, for planning. What a model really appends decides."""
-    types, _ = layer_types(config)
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     key_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     value_size = getattr(config, "v_head_dim", None) or key_size
     return KVGeometry(
         tuple(
             LayerGeometry(index, heads, key_size, value_size, dtype.itemsize)
-            for index, kind in enumerate(types)
+            for index, (kind, _) in enumerate(layer_types(config))
             if kind == STORED_LAYER_TYPE
         )
     )
