@@ -10,11 +10,11 @@ import torch
 from transformers import cache_utils
 
 from ollm.errors import (
+    BatchMismatchError,
     CacheClosedError,
     ConfigurationError,
     CorruptDataError,
     InterruptedForwardError,
-    StoreContractError,
     UnsupportedOperationError,
 )
 from ollm.storage.records import ALIGNMENT
@@ -158,7 +158,7 @@ def test_an_interrupted_forward_is_noticed_by_the_next_one(model, tmp_path):
 def test_another_batch_size_without_reset_is_refused(model, tmp_path):
     with cache_for(model, tmp_path) as cache:
         model(tokens(1, 20), past_key_values=cache)
-        with pytest.raises(StoreContractError, match="serves one batch"):
+        with pytest.raises(BatchMismatchError, match="serves one batch"):
             model(tokens(2, 1), past_key_values=cache)
 
 

@@ -55,6 +55,7 @@ CONFIGS = {
     ),
 }
 FAMILIES = tuple(CONFIGS)
+RECURRENT = ("qwen3_next",)
 
 
 def make_model(family: str, seed: int = 3):

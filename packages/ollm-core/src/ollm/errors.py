@@ -66,6 +66,10 @@ class CacheForkedError(CacheError, RuntimeError):
     """A cache was used in a process that was forked after the cache was made."""
 
 
+class BatchMismatchError(CacheError, ValueError):
+    """A cache that holds one batch was given keys and values of another; call `reset()` or make another cache."""
+
+
 class InterruptedForwardError(CacheError, RuntimeError):
     """An earlier forward pass stopped half-way, so the layers disagree on their length; call `reset()`."""
 

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import cattrs
+
 from ollm.contracts.kv import KVStore
 from ollm.contracts.spill import SpillPlan, SpillPolicy
 from ollm.contracts.strategy import BuildContext, KVBuildContext, KVFacts
@@ -74,7 +76,7 @@ def disk_cache(
             raise PluginError(f"KV store '{name}' asks for storage, but its facts name no `directory`.")
         shared = settings if isinstance(settings, StorageOptions) else None
         folder = RunFolder.create(directory, facts.directory)
-        return SegmentedStorage(folder, strategy=name, options=shared)
+        return SegmentedStorage(folder, strategy=name, options=shared, parameters=cattrs.unstructure(settings))
 
     context = KVBuildContext(options=settings, geometry=geometry, device=parameter.device, storage=storage)
     store = names.build(offer, context, KVStore)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ollm.contracts.kv import KVBlock
-from ollm.errors import StoreContractError
+from ollm.errors import BatchMismatchError
 from ollm.kv.rows import RowMap, select
 from ollm.kv.session import KVSession
 from ollm.kv.tail import Pending, Tail
@@ -154,7 +154,7 @@ class LayerHistory:
         if self._layout is None:
             self._layout, self.rows, self._device = layout, keys.shape[0], keys.device
         elif layout != self._layout or keys.shape[0] != self.rows:
-            raise StoreContractError(
+            raise BatchMismatchError(
                 f"Layer {self.layer} holds {self.rows} rows of {self._layout}, and {keys.shape[0]} rows of {layout} "
                 "were appended. A cache serves one batch: call reset() or make another cache."
             )
