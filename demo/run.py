@@ -24,8 +24,7 @@ LEAST_CHARACTERS = 30_000
 
 def pages() -> list[str]:
     """The repository's own documentation, page by page."""
-    root = HERE.parent
-    files = [root / "README.md", root / "CONTRIBUTING.md", *sorted((root / "docs").rglob("*.md"))]
+    files = sorted((HERE.parent / "docs").rglob("*.md"))
     return [file_get_contents(file) for file in files if "_build" not in file.parts]
 
 
