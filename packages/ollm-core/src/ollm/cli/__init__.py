@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from ollm import __version__
+from ollm.cli.doctor import doctor
 from ollm.cli.plugins import plugins
 from ollm.errors import OllmError
 
@@ -36,6 +37,7 @@ def _root(
 
 
 app.command()(plugins)
+app.command()(doctor)
 
 
 def main() -> None:
