@@ -14,7 +14,7 @@ import secrets
 import stat
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from ollm.errors import CacheBusyError, CacheDirectoryError, OllmError
@@ -55,10 +55,8 @@ class RunFolder:
         """
         root = cache_dir / directory
         try:
-            _make_root(cache_dir, root)
-            with _root_lock(root):
-                _collect_dead(root)
-                return cls._create(root / f"run-{secrets.token_hex(8)}")
+            cache_dir.mkdir(parents=True, exist_ok=True)  # the user's own: it may be as it is
+            return cls._create(root)
         except OSError as error:
             raise CacheDirectoryError(
                 f"Cannot use {root} for keys and values: {error.strerror or error}. "
@@ -66,20 +64,26 @@ class RunFolder:
             ) from error
 
     @classmethod
-    def _create(cls, path: Path) -> RunFolder:
-        shim.disk.mkdir(path)
-        try:
-            lock_fd = shim.disk.open(path / LOCK, os.O_RDWR | os.O_CREAT | os.O_EXCL)
-            try:
+    def _create(cls, root: Path) -> RunFolder:
+        with ExitStack() as undo:  # if a step fails, what was done before it
+            undo.callback(_remove_root_if_empty, root)
+            with _root_lock(root):
+                _collect_dead(root)
+                path = root / f"run-{secrets.token_hex(8)}"
+                shim.disk.mkdir(path)
+                undo.callback(_remove_folder, path)
+                lock_fd = shim.disk.open(path / LOCK, os.O_RDWR | os.O_CREAT | os.O_EXCL)
+                undo.callback(shim.disk.close, lock_fd)
                 if not shim.disk.try_lock(lock_fd):
                     raise CacheBusyError(f"{path} was locked by another process as it was made.")
-            except BaseException:
-                shim.disk.close(lock_fd)
-                raise
-        except BaseException:
-            _remove_folder(path)
-            raise
+            undo.pop_all()
         return cls(path, lock_fd)
+
+    def new_file(self, name: str) -> int:
+        """A descriptor of a new, empty file. What an interrupted attempt left under that name goes first."""
+        with suppress(FileNotFoundError):
+            shim.disk.unlink(self.path / name)
+        return shim.disk.open(self.path / name, os.O_RDWR | os.O_CREAT | os.O_EXCL)
 
     def remove(self) -> None:
         """Delete the folder, and its parent if that was the last one. Does nothing in a forked child or twice."""
@@ -93,22 +97,23 @@ class RunFolder:
         _remove_root_if_empty(self.path.parent)
 
 
-def _make_root(cache_dir: Path, root: Path) -> None:
-    """`cache_dir` is the user's own and may be as it is; everything below must be ours alone."""
-    cache_dir.mkdir(parents=True, exist_ok=True)
+def _make_root(root: Path) -> None:
+    """Everything below the user's `cache_dir` must be ours alone."""
     try:
         shim.disk.mkdir(root)
     except FileExistsError:
         _check_private(root)
 
 
-def _check_private(path: Path) -> None:
+def _check_private(path: Path, *, folder: bool = True) -> None:
     status = shim.disk.lstat(path)
     problem = None
     if stat.S_ISLNK(status.st_mode):
         problem = "is a symbolic link"
-    elif not stat.S_ISDIR(status.st_mode):
+    elif folder and not stat.S_ISDIR(status.st_mode):
         problem = "is not a folder"
+    elif not folder and not (stat.S_ISREG(status.st_mode) and status.st_nlink <= 1):
+        problem = "is not a plain file with one name"
     elif hasattr(os, "geteuid") and status.st_uid != os.geteuid():
         problem = f"belongs to another user (uid {status.st_uid})"
     elif status.st_mode & _OTHERS_MAY_WRITE:
@@ -124,7 +129,7 @@ def _root_lock(root: Path) -> Iterator[None]:
     """Held while folders are made or collected, so that a folder is never seen before its own lock is taken."""
     deadline = time.monotonic() + _ROOT_LOCK_SECONDS
     while True:
-        fd = shim.disk.open(root / LOCK, os.O_RDWR | os.O_CREAT)
+        fd = _open_root_lock(root)
         try:
             if shim.disk.try_lock(fd) and _is_still_there(root / LOCK, fd):
                 yield
@@ -134,18 +139,29 @@ def _root_lock(root: Path) -> Iterator[None]:
         if time.monotonic() > deadline:
             raise CacheBusyError(f"Another process has held {root / LOCK} for {_ROOT_LOCK_SECONDS:.0f} s.")
         time.sleep(0.01)
-        # the last session of a root removes it, perhaps while we waited
-        if not root.is_dir():
-            shim.disk.mkdir(root)
+
+
+def _open_root_lock(root: Path) -> int:
+    """The lock of a root, which its last session may remove, with the root, between any two of these steps."""
+    for _ in range(100):
+        try:
+            _make_root(root)
+            with suppress(FileExistsError):
+                return shim.disk.open(root / LOCK, os.O_RDWR | os.O_CREAT | os.O_EXCL)
+            _check_private(root / LOCK, folder=False)
+            return shim.disk.open(root / LOCK, os.O_RDWR)
+        except FileNotFoundError:
+            continue
+    raise CacheBusyError(f"Other processes keep making and removing {root}.")
 
 
 def _is_still_there(path: Path, fd: int) -> bool:
-    """Whether `path` still is the file that was opened, and has no second name."""
+    """Whether `path` still is the file that was opened."""
     try:
         now, opened = shim.disk.lstat(path), shim.disk.fstat(fd)
     except FileNotFoundError:
         return False
-    return (now.st_dev, now.st_ino) == (opened.st_dev, opened.st_ino) and opened.st_nlink == 1
+    return (now.st_dev, now.st_ino) == (opened.st_dev, opened.st_ino)
 
 
 def _collect_dead(root: Path) -> None:
@@ -164,6 +180,8 @@ def _collect_dead(root: Path) -> None:
             _check_private(root / name)
             if _owner_is_dead(root / name):
                 _remove_folder(root / name)
+        except FileNotFoundError:  # its session removed it just now
+            continue
         except (OSError, OllmError) as error:  # one folder that cannot be removed must not stop a session
             logger.warning("Left %s as it is: %s", root / name, error)
 
@@ -180,33 +198,35 @@ def _owner_is_dead(path: Path) -> bool:
 
 
 def _remove_folder(path: Path) -> None:
-    """Delete the files that the format knows, then the folder; the lock goes last."""
+    """Delete the files that the format knows, then the folder; the lock goes last. Another session may do so too."""
     try:
         names = shim.disk.listdir(path)
     except FileNotFoundError:
         return
     for name in sorted(names, key=lambda name: name == LOCK):
         if _KNOWN_FILE.fullmatch(name):
-            shim.disk.unlink(path / name)
+            with suppress(FileNotFoundError):
+                shim.disk.unlink(path / name)
         else:
             logger.warning("%s is no file of ollm's, so it stays, and so does its folder.", path / name)
     if all(_KNOWN_FILE.fullmatch(name) for name in names):
-        shim.disk.rmdir(path)
+        with suppress(FileNotFoundError):
+            shim.disk.rmdir(path)
 
 
 def _remove_root_if_empty(root: Path) -> None:
     """Leave nothing behind: the root goes with its last session, unless somebody is using it right now."""
     try:
-        fd = shim.disk.open(root / LOCK, os.O_RDWR)
-    except OSError:
-        return
-    try:
-        if shim.disk.try_lock(fd) and set(shim.disk.listdir(root)) <= {LOCK, TAG}:
-            for name in (TAG, LOCK):
-                if name in shim.disk.listdir(root):
-                    shim.disk.unlink(root / name)
-            shim.disk.rmdir(root)
-    except OSError as error:
+        _check_private(root)
+        with suppress(FileNotFoundError):
+            fd = shim.disk.open(root / LOCK, os.O_RDWR)
+            try:
+                names = shim.disk.listdir(root)
+                if shim.disk.try_lock(fd) and _is_still_there(root / LOCK, fd) and set(names) <= {LOCK, TAG}:
+                    for name in sorted(names):  # the lock goes last
+                        shim.disk.unlink(root / name)
+            finally:
+                shim.disk.close(fd)
+        shim.disk.rmdir(root)  # refused, as it should be, where anything is left
+    except (OSError, OllmError) as error:
         logger.debug("Left %s as it is: %s", root, error)
-    finally:
-        shim.disk.close(fd)

@@ -1,12 +1,13 @@
 """The manifest: explicit metadata of one cache folder as JSON, written whole and read with suspicion.
 
 A manifest names segments by number, never by path. Reading checks everything before anything is allocated: a closed
-set of keys, no duplicate key, no NaN, no bool as a number, bounded size, lengths that add up.
+set of keys, no duplicate key, no NaN, no bool as a number, bounded size and depth, lengths that add up.
 """
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -18,6 +19,7 @@ from ollm.storage.records import ALIGNMENT, DTYPE_CODES
 FORMAT = "ollm-kv"
 FORMAT_VERSION = 1
 MAX_MANIFEST_BYTES = 64 * 2**20
+MAX_DEPTH = 16
 _LARGEST = 2**62
 
 
@@ -112,12 +114,23 @@ def _parse(raw: bytes) -> dict[str, Any]:
     def refuse(token: str) -> None:
         raise CorruptDataError(f"manifest: {token} is not allowed")
 
+    def finite(token: str) -> float:
+        value = float(token)  # which makes infinity of 1e999
+        _expect(math.isfinite(value), f"{token} is too large")
+        return value
+
     try:
-        content = json.loads(raw.decode("ascii"), object_pairs_hook=unique, parse_constant=refuse)
+        content = json.loads(raw.decode("ascii"), object_pairs_hook=unique, parse_constant=refuse, parse_float=finite)
     except (ValueError, RecursionError) as error:
         raise CorruptDataError(f"manifest: not JSON ({error})") from None
     _expect(isinstance(content, dict), "not a JSON object")
+    _expect(_is_shallow(content, MAX_DEPTH), f"nested deeper than {MAX_DEPTH}")
     return dict(content)
+
+
+def _is_shallow(value: object, depth: int) -> bool:
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return depth > 0 and all(_is_shallow(item, depth - 1) for item in inner)
 
 
 def _closed(content: dict[str, Any], cls: type, where: str) -> None:
@@ -134,14 +147,14 @@ def _entries(items: object, cls: Callable[..., Any], key: str) -> tuple[Any, ...
         _expect(isinstance(item, dict), f"{key} holds something that is not an object")
         _closed(item, cls, f"an entry of {key}")  # type: ignore[arg-type]
         for name, value in item.items():
-            good = value in DTYPE_CODES if name == "dtype" else _is_count(value)
+            good = isinstance(value, str) and value in DTYPE_CODES if name == "dtype" else _is_count(value)
             _expect(good, f"{key}: {name}={value!r} is not allowed")
         result.append(cls(**item))
     return tuple(result)
 
 
 def _check_lengths(manifest: Manifest) -> None:
-    """Extents lie inside their segment, aligned, apart from each other, and cover each layer from 0 without a gap."""
+    """Extents lie inside their segment, aligned, apart from each other, and cover each layer without a gap."""
     lengths = {entry.segment: entry.length for entry in manifest.segments}
     _expect(len(lengths) == len(manifest.segments), "a segment stands twice")
     known = {entry.layer for entry in manifest.layers}

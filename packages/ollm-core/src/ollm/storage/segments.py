@@ -13,6 +13,7 @@ import secrets
 import threading
 import weakref
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -145,18 +146,19 @@ class SegmentedStorage:
             payload_bytes=length,
         )  # fmt: skip
         block = encode_header(header, payload_hash(payload))
+        record = [memoryview(block), *payload, memoryview(bytes(size - ALIGNMENT - length))]
         with self._lock:
             self._check_room(size)
-            target = self._segment(segment)
-            at = target.end
-            padding = bytes(size - ALIGNMENT - length)
             try:
-                shim.write_all(target.fd, [memoryview(block), *payload, memoryview(padding)], at)
-            except BaseException as error:
-                self._undo(target, at)
-                if isinstance(error, OSError):
-                    raise self._failed_write(error, size) from error
-                raise
+                target = self._segment(segment)
+                at = target.end
+                try:
+                    shim.write_all(target.fd, record, at)
+                except BaseException:
+                    self._cut(target)
+                    raise
+            except OSError as error:
+                raise self._failed_write(error, size) from error
             target.hold(at, at + size)
             self._dtypes[segment, at + ALIGNMENT] = dtype
             self._bytes_written += size
@@ -182,13 +184,15 @@ class SegmentedStorage:
         except EOFError as error:
             raise CorruptDataError(f"{self._where(extent)} is cut off: {error}.") from None
         except OSError as error:
-            raise StorageError(f"Cannot read {self._where(extent)}: {error.strerror or error}.") from error
-        self._bytes_read += len(buffer)
+            raise StorageError(f"Cannot read {self._where(extent)}: {_reason(error)}.") from error
+        with self._lock:
+            self._bytes_read += len(buffer)
         self._verify(extent, dtype, buffer)
         return raw[ALIGNMENT:]
 
     def release(self, extents: Sequence[Extent]) -> None:
         """Give up the bytes of these extents: later records may take their place."""
+        self._check_owner()
         with self._lock:
             for extent in extents:
                 segment = self._segments.get(extent.segment)
@@ -196,11 +200,21 @@ class SegmentedStorage:
                     self._dtypes.pop((extent.segment, extent.offset), None)
                     self._verified.discard((extent.segment, extent.offset))
             for number in {extent.segment for extent in extents} & set(self._segments):
-                self._undo(self._segments[number], self._segments[number].end)
+                self._cut(self._segments[number])
 
     def close(self) -> None:
-        """Close the files and remove the folder. May be called twice."""
-        self._dispose()
+        """Close the files and remove the folder. May be called twice.
+
+        Raises:
+            StorageError: when the system refused; what is left goes when the next cache is made beside it.
+        """
+        try:
+            self._dispose()
+        except OSError as error:
+            raise StorageError(
+                f"Cannot remove {self.path}: {_reason(error)}. Remove it, or leave that to the next cache "
+                "that is made beside it."
+            ) from error
 
     def stats(self) -> StoreStats:
         """Bytes on disk now, and bytes written and read since the start."""
@@ -208,9 +222,12 @@ class SegmentedStorage:
             disk_bytes = sum(segment.end for segment in self._segments.values())
         return StoreStats(disk_bytes=disk_bytes, bytes_written=self._bytes_written, bytes_read=self._bytes_read)
 
-    def _check_usable(self) -> None:
+    def _check_owner(self) -> None:
         if os.getpid() != self._owner:
             raise CacheForkedError("This cache was made before the process was forked: make a new one in the child.")
+
+    def _check_usable(self) -> None:
+        self._check_owner()
         if not self._dispose.alive:
             raise CacheClosedError("This cache is closed: make a new one.")
 
@@ -222,42 +239,37 @@ class SegmentedStorage:
                 f"Keys and values need {format_size(size)} more in {self.path}, but {format_size(used)} of "
                 f"max_disk_bytes={format_size(limit)} are taken. Raise the limit or use a shorter context."
             )
-        free, floor = shim.disk.free_bytes(self.path.parent), self._options.min_free_bytes
+        free, floor = self._free_bytes(), self._options.min_free_bytes
         if free - size < floor:
             raise DiskFullError(
                 f"Keys and values need {format_size(size)} more in {self.path}, and of {format_size(free)} free "
                 f"{format_size(floor)} must stay so (min_free_bytes). Free some space or choose another cache_dir."
             )
 
+    def _free_bytes(self) -> int:
+        try:
+            return shim.disk.free_bytes(self.path)
+        except OSError as error:
+            raise StorageError(f"Cannot tell how much room is left in {self.path}: {_reason(error)}.") from error
+
     def _failed_write(self, error: OSError, size: int) -> StorageError:
-        reason = error.strerror or str(error)
         if error.errno in _NO_ROOM:
-            free = shim.disk.free_bytes(self.path.parent)
             return DiskFullError(
-                f"The disk took no {format_size(size)} more of keys and values in {self.path} ({reason}; "
-                f"{format_size(free)} free). Free some space or choose another cache_dir."
+                f"The disk took no {format_size(size)} more of keys and values in {self.path} ({_reason(error)}; "
+                f"{format_size(self._free_bytes())} free). Free some space or choose another cache_dir."
             )
-        return StorageError(f"Cannot write keys and values to {self.path}: {reason}.")
+        return StorageError(f"Cannot write keys and values to {self.path}: {_reason(error)}.")
 
     def _segment(self, number: int) -> _Segment:
         """The open file of a segment."""
         if number not in self._segments:
-            try:
-                fd = shim.disk.open(self.path / segment_name(number), os.O_RDWR | os.O_CREAT | os.O_EXCL)
-            except OSError as error:
-                raise StorageError(
-                    f"Cannot make {segment_name(number)} in {self.path}: {error.strerror or error}. "
-                    "Was the folder removed while the cache was in use?"
-                ) from error
-            self._segments[number] = _Segment(fd)
+            self._segments[number] = _Segment(self._folder.new_file(segment_name(number)))
         return self._segments[number]
 
-    def _undo(self, segment: _Segment, end: int) -> None:
-        """Cut a file back to `end`. Bytes behind it are never read, so that failing to do so only costs space."""
-        try:
-            shim.disk.truncate(segment.fd, end)
-        except OSError:
-            return
+    def _cut(self, segment: _Segment) -> None:
+        """Cut a file to what is held. Bytes behind it are never read, so that failing to do so only costs space."""
+        with suppress(OSError):
+            shim.disk.truncate(segment.fd, segment.end)
 
     def _verify(self, extent: Extent, dtype: str, buffer: memoryview) -> None:
         asked = RecordHeader(
@@ -287,26 +299,33 @@ class SegmentedStorage:
 
     def _write_manifest(self, manifest: Manifest) -> None:
         """Replace the manifest in one step: readers see the old one or the new one."""
-        temporary = self.path / MANIFEST_TEMPORARY
         try:
-            fd = shim.disk.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
             try:
-                shim.write_all(fd, [memoryview(manifest.to_json())], 0)
-            finally:
-                shim.disk.close(fd)
-            shim.disk.replace(temporary, self.path / MANIFEST)
-        except BaseException as error:
-            self.close()
-            if isinstance(error, OSError):
+                fd = self._folder.new_file(MANIFEST_TEMPORARY)
+                try:
+                    shim.write_all(fd, [memoryview(manifest.to_json())], 0)
+                finally:
+                    shim.disk.close(fd)
+                shim.disk.replace(self.path / MANIFEST_TEMPORARY, self.path / MANIFEST)
+            except OSError as error:
                 raise self._failed_write(error, ALIGNMENT) from error
+        except BaseException:
+            self.close()
             raise
+
+
+def _reason(error: OSError) -> str:
+    if error.errno == errno.ENOENT:
+        return "the folder was removed while the cache was in use"
+    return error.strerror or str(error)
 
 
 def _dispose(folder: RunFolder, segments: dict[int, _Segment], owner: int) -> None:
     """Close the files and remove the folder, in the process that made them only."""
     if os.getpid() != owner:
         return
-    for segment in segments.values():
-        shim.disk.close(segment.fd)
-    segments.clear()
-    folder.remove()
+    with ExitStack() as steps:  # the next one is done even if one fails
+        steps.callback(folder.remove)
+        for segment in segments.values():
+            steps.callback(shim.disk.close, segment.fd)
+        segments.clear()

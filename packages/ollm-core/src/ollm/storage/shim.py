@@ -22,8 +22,14 @@ class Disk:
     """The operating system. Tests replace `shim.disk` with a subclass that fails, shortens or tears operations."""
 
     def open(self, path: Path, flags: int, mode: int = 0o600) -> int:
-        """A descriptor that no child process inherits and that never follows a symbolic link."""
-        return os.open(path, flags | _SAFE_FLAGS, mode)
+        """A descriptor that no child process inherits and that never follows a symbolic link.
+
+        With `O_EXCL`, so where the file is certainly new, it gets `mode` whatever the umask.
+        """
+        fd = os.open(path, flags | _SAFE_FLAGS, mode)
+        if flags & os.O_EXCL:
+            os.fchmod(fd, mode)
+        return fd
 
     def close(self, fd: int) -> None:
         os.close(fd)
@@ -39,9 +45,6 @@ class Disk:
     def truncate(self, fd: int, length: int) -> None:
         os.ftruncate(fd, length)
 
-    def fsync(self, fd: int) -> None:
-        os.fsync(fd)
-
     def try_lock(self, fd: int) -> bool:
         """Take an exclusive `flock` without waiting. It ends with the last descriptor, so also with the process."""
         if fcntl is None:
@@ -56,9 +59,6 @@ class Disk:
         """Make one folder, private whatever the umask."""
         os.mkdir(path, 0o700)
         os.chmod(path, 0o700)
-
-    def chmod(self, path: Path, mode: int) -> None:
-        os.chmod(path, mode)
 
     def lstat(self, path: Path) -> os.stat_result:
         return os.lstat(path)

@@ -1,0 +1,116 @@
+"""A disk that goes wrong on purpose: operation number `at`, of whatever kind, meets a fault.
+
+Put it in the place of `ollm.storage.shim.disk`. What it knows is how operating systems fail; it knows nothing of
+records, folders or stores, so that every store can be tested with it.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable
+from typing import Any
+
+from ollm.storage.shim import Disk
+
+Fault = Callable[[str, tuple[Any, ...]], Any]
+"""Takes the name and the arguments of an operation and does what the broken disk does instead."""
+
+OPERATIONS = sorted(name for name in vars(Disk) if not name.startswith("_"))
+
+_MOVES_DATA = {"pread_into", "pwrite"}
+_disk = Disk()
+
+
+class FaultyDisk(Disk):
+    """Counts the operations, from 0, and lets the one numbered `at` go wrong (with `lasting`, all from there on)."""
+
+    def __init__(self, fault: Fault | None = None, at: int = 0, *, lasting: bool = False) -> None:
+        self.operations: list[str] = []
+        self._fault, self._at, self._lasting = fault, at, lasting
+
+    def heal(self) -> None:
+        """From now on everything works."""
+        self._fault = None
+
+    def _operate(self, name: str, *arguments: Any) -> Any:
+        index = len(self.operations)
+        self.operations.append(name)
+        if self._fault and (index == self._at or (self._lasting and index > self._at)):
+            return self._fault(name, arguments)
+        return getattr(_disk, name)(*arguments)
+
+
+def _watched(name: str) -> Any:
+    def operation(self: FaultyDisk, *arguments: Any) -> Any:
+        return self._operate(name, *arguments)
+
+    return operation
+
+
+for _name in OPERATIONS:
+    setattr(FaultyDisk, _name, _watched(_name))
+
+
+def fails(code: int) -> Fault:
+    """The operation does nothing and fails. Only `close` closes all the same, as it does on Linux."""
+
+    def fault(name: str, arguments: tuple[Any, ...]) -> Any:
+        if name == "close":
+            _disk.close(*arguments)
+        raise OSError(code, os.strerror(code))
+
+    return fault
+
+
+def tears(code: int) -> Fault:
+    """A write or read stops in the middle, then fails. Anything else just fails."""
+
+    def fault(name: str, arguments: tuple[Any, ...]) -> Any:
+        if name in _MOVES_DATA:
+            shortens(name, arguments)
+        return fails(code)(name, arguments)
+
+    return fault
+
+
+def shortens(name: str, arguments: tuple[Any, ...]) -> Any:
+    """A write or read moves half of the first buffer and says so. Everything else works."""
+    if name in _MOVES_DATA:
+        fd, data, offset = arguments
+        first = data if isinstance(data, memoryview) else data[0]
+        half = first[: max(len(first) // 2, 1)]
+        arguments = (fd, half if data is first else [half], offset)
+    return getattr(_disk, name)(*arguments)
+
+
+def moves_nothing(name: str, arguments: tuple[Any, ...]) -> Any:
+    """A write or read moves no byte and reports no error. Everything else works."""
+    return 0 if name in _MOVES_DATA else getattr(_disk, name)(*arguments)
+
+
+def interrupts(error: type[BaseException], *, after: bool) -> Fault:
+    """Ctrl-C or exhausted memory: raised in place of the operation, or once it has happened."""
+
+    def fault(name: str, arguments: tuple[Any, ...]) -> Any:
+        if after or name == "close":
+            getattr(_disk, name)(*arguments)
+        raise error(name)
+
+    return fault
+
+
+FAULTS: dict[str, Fault] = {
+    "no room": fails(errno.ENOSPC),
+    "input/output error": fails(errno.EIO),
+    "file too large, half written": tears(errno.EFBIG),
+    "no room, half written": tears(errno.ENOSPC),
+    "short": shortens,
+    "no progress": moves_nothing,
+    "Ctrl-C before": interrupts(KeyboardInterrupt, after=False),
+    "Ctrl-C after": interrupts(KeyboardInterrupt, after=True),
+    "out of memory": interrupts(MemoryError, after=False),
+}
+"""Every way to go wrong that a store must survive."""
+
+__all__ = ["FAULTS", "OPERATIONS", "Fault", "FaultyDisk", "fails", "interrupts", "moves_nothing", "shortens", "tears"]

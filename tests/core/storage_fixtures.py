@@ -1,0 +1,76 @@
+"""What several tests of the storage helper need: storages, raw records, and children of this process."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import traceback
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from ollm.contracts.kv import Extent
+from ollm.storage.folder import RunFolder
+from ollm.storage.options import StorageOptions
+from ollm.storage.segments import SegmentedStorage
+
+DIRECTORY = "kv_cache_test"
+
+
+def open_storage(cache_dir: Path, **options: object) -> SegmentedStorage:
+    """A new storage in a folder of its own below `cache_dir/kv_cache_test`."""
+    settings = {"min_free_bytes": 0, **options}
+    return SegmentedStorage(RunFolder.create(cache_dir, DIRECTORY), strategy="test", options=StorageOptions(**settings))
+
+
+def put(storage: SegmentedStorage, payload: bytes, *, segment: int = 0, layer: int = 0, start: int = 0) -> Extent:
+    """Write one record of one token."""
+    return storage.write(
+        [memoryview(payload)], segment=segment, layer=layer, start=start, tokens=1, rows=1, dtype="opaque"
+    )
+
+
+def get(storage: SegmentedStorage, extent: Extent) -> bytes:
+    """Read a record's payload."""
+    return storage.read(extent).numpy().tobytes()
+
+
+def tree(folder: Path) -> list[str]:
+    """Every path below a folder."""
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+
+
+def in_child(action: Callable[[], None]) -> None:
+    """Run `action` in a forked child; what fails there fails here, with the child's traceback."""
+    reader, writer = os.pipe()
+    with warnings.catch_warnings():  # newer Pythons warn of forks beside threads; this child only does what is asked
+        warnings.simplefilter("ignore")
+        pid = os.fork()
+    if pid == 0:
+        code = 0
+        try:
+            action()
+        except BaseException:
+            code = 1
+            os.write(writer, traceback.format_exc().encode()[-60000:])
+        finally:
+            os._exit(code)
+    os.close(writer)
+    with os.fdopen(reader, "rb") as pipe:
+        report = pipe.read().decode()
+    _, status = os.waitpid(pid, 0)
+    assert os.waitstatus_to_exitcode(status) == 0, f"in the child:\n{report}"
+
+
+@contextmanager
+def process(script: str, *arguments: object) -> Iterator[subprocess.Popen[str]]:
+    """A Python process of its own, with pipes for both directions; it is gone after the `with` block."""
+    command = [sys.executable, "-W", "error", "-c", script, *map(str, arguments)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as child:
+        try:
+            yield child
+        finally:
+            if child.poll() is None and not child.stdin.closed:  # type: ignore[union-attr]
+                child.kill()
