@@ -47,19 +47,21 @@ class LayerHistory:
         if not flush:
             self.tail.append(keys, values)
             return
+        # made first: once the extents are stored, nothing may fail any more
+        rest = Tail()
+        if flush < pending.tokens:
+            rest.append(*pending.slice(flush, pending.tokens))
         before = self.stored_tokens
         try:
             for start, stop in self._cuts(flush):
                 self._session.append(self.layer, *pending.slice(start, stop))
         except BaseException:
             self._session.truncate(self.layer, before)
+            self._session.release_unread()
             raise
         self._row_maps += [None] * (len(self._session.store.extents(self.layer)) - len(self._row_maps))
-        self._session.counters.spills += 1
-        rest = Tail()
-        if flush < pending.tokens:
-            rest.append(*pending.slice(flush, pending.tokens))
         self.tail = rest
+        self._session.counters.spills += 1
 
     def gather(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Everything that came before, with the given tokens behind it, as two tensors of their own."""
@@ -85,21 +87,21 @@ class LayerHistory:
         if length >= stored:
             self.tail.crop(length - stored)
         else:
-            remainder, border = self._remainder(length)
+            rest, border = self._remainder(length)
             self._session.truncate(self.layer, border)
             del self._row_maps[len(self._session.store.extents(self.layer)) :]
-            self.tail.crop(0)
-            if remainder is not None:
-                self.tail.append(remainder.keys, remainder.values)
+            self.tail = rest
         if length == 0:
             self.rows, self._layout = 0, None
+        self._session.release_unread()
 
     def select_rows(self, index: Tensor) -> None:
         """Make the batch `batch[index]`, copying nothing that is stored. `index`: int64, on any device."""
         if not self.rows:
             return
-        self._row_maps = select(self._row_maps, index.to("cpu"))
+        row_maps = select(self._row_maps, index.to("cpu"))
         self.tail.select_rows(index)
+        self._row_maps = row_maps
         self.rows = len(index)
 
     def _fill(self, keys: Tensor, values: Tensor) -> None:
@@ -115,9 +117,10 @@ class LayerHistory:
                 if block.values is not out.values:
                     out.values.copy_(_take(block.values, row_map))
 
-    def _remainder(self, length: int) -> tuple[KVBlock | None, int]:
-        """What stays of the extent that `length` cuts in two (a copy, with today's rows), and where it begins."""
+    def _remainder(self, length: int) -> tuple[Tail, int]:
+        """What stays of the extent that `length` cuts in two, as a tail with today's rows, and where it begins."""
         assert self._layout is not None
+        rest = Tail()
         extents = self._session.store.extents(self.layer)
         for extent, row_map in zip(extents, self._row_maps, strict=True):
             if extent.start < length < extent.stop:
@@ -125,8 +128,9 @@ class LayerHistory:
                     block = self._session.load(extent, self._layout, self._device, None)
                     part = slice(0, length - extent.start)
                     keys, values = (_take(block.keys, row_map)[:, :, part], _take(block.values, row_map)[:, :, part])
-                    return KVBlock(keys.to(self._device, copy=True), values.to(self._device, copy=True)), extent.start
-        return None, length
+                    rest.append(keys.to(self._device), values.to(self._device))
+                    return rest, extent.start
+        return rest, length
 
     def _tokens_to_flush(self, pending: int) -> int:
         """How many of the pending tokens leave the tail now."""
@@ -149,9 +153,9 @@ class LayerHistory:
         return [(start, min(start + size, tokens)) for start in range(0, tokens, size)]
 
     def _check(self, keys: Tensor, values: Tensor) -> None:
-        """Learn the shapes from the first tokens; afterwards they must stay."""
+        """While the layer is empty, learn the shapes; afterwards they must stay."""
         layout = LayerLayout.of(keys, values)
-        if self._layout is None:
+        if not self.tokens:
             self._layout, self.rows, self._device = layout, keys.shape[0], keys.device
         elif layout != self._layout or keys.shape[0] != self.rows:
             raise BatchMismatchError(

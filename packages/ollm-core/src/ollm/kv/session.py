@@ -53,18 +53,20 @@ class KVSession:
         after = self.store.extents(layer)
         start = before[-1].stop if before else 0
         rows, _, tokens, _ = keys.shape
-        if len(after) != len(before) + 1 or (after[-1].start, after[-1].tokens, after[-1].rows) != (
-            start, tokens, rows,
-        ):  # fmt: skip
+        if len(after) != len(before) + 1 or _place(after[-1]) != (layer, start, tokens, rows):
             raise StoreContractError(
                 f"KV store '{self.strategy}': after append() of {tokens} tokens at {start} to layer {layer}, extents() "
                 f"lists {after[-1] if after else 'nothing'}."
+            )
+        if list(after[:-1]) != list(before):
+            raise StoreContractError(
+                f"KV store '{self.strategy}': append() to layer {layer} changed extents that were there before."
             )
         self.residency.offer(after[-1], KVBlock(keys, values))
         return after[-1]
 
     def truncate(self, layer: int, length: int) -> None:
-        """Drop the extents of a layer from `length` on; their bytes are released once nobody reads them."""
+        """Drop the extents of a layer from `length` on. `release_unread` gives their bytes back."""
         before = self.store.extents(layer)
         keep = [extent for extent in before if extent.stop <= length]
         if len(keep) == len(before):
@@ -79,7 +81,15 @@ class KVSession:
             self.residency.drop(extent)
         with self._lock:
             self._dropped.update(before[len(keep) :])
-        self._release_unread()
+
+    def release_unread(self) -> None:
+        """Give back the bytes of dropped extents that nobody reads. The last step of whoever drops some: it may be
+        interrupted, and costs only space then."""
+        with self._lock:
+            free = [extent for extent in self._dropped if not self._pins[extent]]
+            self._dropped.difference_update(free)
+        if free:
+            self.store.release(sorted(free, key=lambda extent: (extent.layer, extent.start)))
 
     @contextmanager
     def snapshot(self, extents: Sequence[Extent]) -> Iterator[Sequence[Extent]]:
@@ -92,7 +102,7 @@ class KVSession:
             with self._lock:
                 self._pins.subtract(extents)
                 self._pins += Counter()  # forget those that nobody pins
-            self._release_unread()
+            self.release_unread()
 
     def load(self, extent: Extent, layout: LayerLayout, device: torch.device, out: KVBlock | None) -> KVBlock:
         """The keys and values of a pinned extent on `device`, with the rows that it was written with."""
@@ -124,9 +134,6 @@ class KVSession:
                     f"{tensor.dtype}, expected {(*shape, size)} {layout.dtype}."
                 )
 
-    def _release_unread(self) -> None:
-        with self._lock:
-            free = [extent for extent in self._dropped if not self._pins[extent]]
-            self._dropped.difference_update(free)
-        if free:
-            self.store.release(sorted(free, key=lambda extent: (extent.layer, extent.start)))
+
+def _place(extent: Extent) -> tuple[int, int, int, int]:
+    return extent.layer, extent.start, extent.tokens, extent.rows

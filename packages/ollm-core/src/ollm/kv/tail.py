@@ -50,17 +50,17 @@ class Tail:
         self.tokens = stop
 
     def crop(self, tokens: int) -> None:
-        """Keep the first `tokens`."""
-        self.tokens = tokens
-        if tokens == 0:
+        """Keep the first `tokens`, or all if there are no more."""
+        self.tokens = min(tokens, self.tokens)
+        if self.tokens == 0:
             self._keys = self._values = None
 
     def select_rows(self, index: Tensor) -> None:
         """Make the batch `batch[index]`."""
         if self._keys is not None and self._values is not None:
             index = index.to(self._keys.device)
-            self._keys = self._keys.index_select(0, index)
-            self._values = self._values.index_select(0, index)
+            # both or, if there is no such row or no memory, neither
+            self._keys, self._values = self._keys.index_select(0, index), self._values.index_select(0, index)
 
 
 def _room_for(like: Tensor, tokens: int) -> Tensor:

@@ -112,7 +112,7 @@ def _check(kind: Kind, strategy: object, distribution: str) -> None:
         raise PluginError(f"{kind.value}() offers {strategy!r}: it must be an `ollm.plugin.Strategy`")
     if kind is not Kind.KV_STORE:
         if strategy.facts is not None:
-            raise PluginError(f"'{strategy.name}': `facts` are for KV stores only, this is a {kind.label}")
+            raise PluginError(f"{kind.label} '{strategy.name}': `facts` are for KV stores only")
         return
     if strategy.facts is None:
         raise PluginError(f"KV store '{strategy.name}' has no `facts`: give it `KVFacts(lossless=...)`")

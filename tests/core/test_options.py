@@ -1,0 +1,92 @@
+"""Options: one attrs class gives defaults, checks and tables, and text ends the same as typed values."""
+
+from __future__ import annotations
+
+import attrs
+import pytest
+
+from ollm.contracts.options import NoOptions, OptionInfo, describe_options, option, structure_options
+from ollm.errors import ConfigurationError
+from ollm.storage.options import StorageOptions
+from ollm.units import ByteSize
+
+
+def _even(_, attribute, value):
+    if value % 2:
+        raise ValueError(f"{attribute.name}={value} is odd")
+
+
+@attrs.frozen(kw_only=True)
+class Options:
+    """Every type that an option may have."""
+
+    page_tokens: int = option(64, help="Tokens per page.", validator=_even)
+    ratio: float = option(0.5, help="A ratio.")
+    eager: bool = option(False, help="Whether to hurry.")
+    codec: str = option("raw", help="A name.")
+    limit: ByteSize | None = option(None, help="A limit.")
+
+
+@pytest.mark.parametrize(
+    ("typed", "text"),
+    [
+        ({"page_tokens": 16}, {"page_tokens": "16"}),
+        ({"ratio": 2}, {"ratio": "2"}),
+        ({"ratio": 0.25}, {"ratio": "0.25"}),
+        ({"eager": True}, {"eager": "true"}),
+        ({"eager": False}, {"eager": "off"}),
+        ({"codec": "zip"}, {"codec": "zip"}),
+        ({"limit": 512 * 2**20}, {"limit": "512MiB"}),
+        ({"limit": None}, {}),
+    ],
+)
+def test_text_ends_the_same_as_typed_values(typed, text):
+    expected = Options(**typed)
+    assert structure_options(Options, typed, strategy="s") == expected
+    assert structure_options(Options, text, strategy="s") == expected
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"page_tokens": 1.5}, "1.5 is not a whole number"),
+        ({"page_tokens": True}, "True is not a whole number"),
+        ({"page_tokens": "many"}, "'many' is not a whole number"),
+        ({"page_tokens": 7}, "page_tokens=7 is odd"),
+        ({"ratio": "half"}, "half"),
+        ({"ratio": True}, "True is not a number"),
+        ({"eager": 1}, "1 is not true or false"),
+        ({"eager": "maybe"}, "'maybe' is not true or false"),
+        ({"codec": 3}, "3 is not text"),
+        ({"limit": -1}, "-1 is not a size"),
+    ],
+)
+def test_a_value_that_does_not_fit_names_the_strategy_and_the_value(values, message):
+    with pytest.raises(ConfigurationError, match=f"'acme-kv/s' does not take the options .*{message}"):
+        structure_options(Options, values, strategy="acme-kv/s")
+
+
+def test_an_unknown_option_lists_the_known_ones():
+    known = "page_tokens, ratio, eager, codec, limit"
+    with pytest.raises(ConfigurationError, match=rf"'s' has no option 'pagetokens'\. Its options: {known}\."):
+        structure_options(Options, {"pagetokens": 4}, strategy="s")
+    with pytest.raises(ConfigurationError, match=r"Its options: none\."):
+        structure_options(NoOptions, {"depth": 4}, strategy="s")
+
+
+def test_the_table_comes_from_the_class():
+    assert describe_options(Options) == (
+        OptionInfo("page_tokens", "int", 64, "Tokens per page."),
+        OptionInfo("ratio", "float", 0.5, "A ratio."),
+        OptionInfo("eager", "bool", False, "Whether to hurry."),
+        OptionInfo("codec", "str", "raw", "A name."),
+        OptionInfo("limit", "ByteSize | None", None, "A limit."),
+    )
+
+
+@pytest.mark.parametrize(
+    "values", [{"verify": "sometimes"}, {"min_free_bytes": "-1"}, {"max_disk_bytes": "1 parsec"}, {"sync": True}]
+)
+def test_storage_options_are_checked(values):
+    with pytest.raises(ConfigurationError):
+        structure_options(StorageOptions, values, strategy="chunked")
