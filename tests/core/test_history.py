@@ -8,7 +8,7 @@ from pathlib import Path
 import hypothesis.strategies as st
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 
 from core.storage_fixtures import open_storage
 from ollm.builtin.chunked import ChunkedStore
@@ -77,7 +77,6 @@ STEPS = st.one_of(
 )
 
 
-@settings(max_examples=120, deadline=None)
 @given(
     steps=st.lists(STEPS, max_size=14),
     fixed=st.booleans(),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hypothesis.strategies as st
 import pytest
 import torch
-from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from core.storage_fixtures import open_storage
@@ -216,6 +215,3 @@ class ResidentMachine(StoreMachine):
 
 TestChunkedMachine = ChunkedMachine.TestCase
 TestResidentMachine = ResidentMachine.TestCase
-TestChunkedMachine.settings = TestResidentMachine.settings = settings(
-    max_examples=40, stateful_step_count=15, deadline=None
-)

@@ -7,6 +7,7 @@ import os
 
 import pytest
 import torch
+from transformers import T5Config, T5ForConditionalGeneration
 
 from ollm import disk_cache
 from ollm.errors import CacheDirectoryError, ConfigurationError, DiskFullError, UnknownStrategyError
@@ -44,6 +45,17 @@ def test_a_wrong_argument_is_refused_and_nothing_is_made(model, arguments, error
     with pytest.raises(error, match=message):
         disk_cache(model, **{"cache_dir": place, **arguments})
     assert not place.exists()
+
+
+def test_what_is_no_decoder_is_refused(tmp_path):
+    sizes = {"vocab_size": 50, "d_model": 8, "d_kv": 4, "d_ff": 8, "num_layers": 1, "num_heads": 2}
+    for model, message in (
+        (torch.nn.Linear(2, 2), "model=Linear: give a model that transformers loaded"),
+        (T5ForConditionalGeneration(T5Config(**sizes)), "has an encoder and a decoder"),
+    ):
+        with pytest.raises(ConfigurationError, match=message):
+            disk_cache(model, cache_dir=tmp_path / "kv")
+    assert not (tmp_path / "kv").exists()
 
 
 def test_a_cache_directory_that_is_a_file_is_refused(model, tmp_path):

@@ -57,6 +57,7 @@ def disk_cache(
         ConfigurationError: for any wrong argument, before anything is made.
         CacheDirectoryError: when the folder cannot be made or is not safe.
     """
+    config = decoder_config(model)
     names = registry()
     offer = names.get(Kind.KV_STORE, cache_strategy)
     name, facts = names.name_of(offer), offer.strategy.facts
@@ -67,7 +68,7 @@ def disk_cache(
     directory = _check_cache_dir(cache_dir, name, facts)
     budget = _check_budget(ram_budget, name, facts)
     policy = names.get(Kind.SPILL_POLICY, spill_policy or facts.spill_policy)
-    config, parameter = decoder_config(model), next(model.parameters())
+    parameter = next(model.parameters())
     geometry = kv_geometry(config, parameter.dtype)
     plan = _plan(policy, geometry, parameter.device, budget)
 

@@ -8,14 +8,26 @@ import torch
 from transformers.cache_utils import get_layer_types_and_kwargs
 
 from ollm.contracts.spill import KVGeometry, LayerGeometry
+from ollm.errors import ConfigurationError
 
 STORED_LAYER_TYPE = "full_attention"
 """The only layer type whose keys and values grow without bound, and so the only one that goes to a store."""
 
 
 def decoder_config(model: Any) -> Any:
-    """The config of the text decoder of a model, multimodal or not."""
-    return model.config.get_text_config(decoder=True)
+    """The config of the text decoder of a model, multimodal or not.
+
+    Raises:
+        ConfigurationError: for what is no transformers model, and for encoder-decoder models, which keep two caches.
+    """
+    config = getattr(model, "config", None)
+    if not hasattr(config, "get_text_config"):
+        raise ConfigurationError(f"model={type(model).__name__}: give a model that transformers loaded.")
+    if config.is_encoder_decoder:
+        raise ConfigurationError(
+            f"{type(model).__name__} has an encoder and a decoder; a KVCache is for decoder-only models."
+        )
+    return config.get_text_config(decoder=True)
 
 
 def layer_types(config: Any) -> list[tuple[str, dict[str, Any]]]:
