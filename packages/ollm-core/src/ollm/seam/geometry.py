@@ -20,7 +20,7 @@ def decoder_config(model: Any) -> Any:
     Raises:
         ConfigurationError: for what is no transformers model, and for encoder-decoder models, which keep two caches.
     """
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     if not hasattr(config, "get_text_config"):
         raise ConfigurationError(f"model={type(model).__name__}: give a model that transformers loaded.")
     if config.is_encoder_decoder:

@@ -7,7 +7,6 @@ extent that is still held, and an extent is held until it is released.
 
 from __future__ import annotations
 
-import errno
 import os
 import secrets
 import threading
@@ -26,7 +25,6 @@ from ollm.errors import (
     CacheForkedError,
     ConfigurationError,
     CorruptDataError,
-    DiskFullError,
     StorageError,
 )
 from ollm.storage import shim
@@ -42,10 +40,9 @@ from ollm.storage.records import (
     padded,
     payload_hash,
 )
+from ollm.storage.room import check_room, failed_write, reason
 from ollm.storage.tensors import tensor_bytes
-from ollm.units import format_size
 
-_NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _MOST_SEGMENTS = 10**6
 
 
@@ -148,7 +145,7 @@ class SegmentedStorage:
         block = encode_header(header, payload_hash(payload))
         record = [memoryview(block), *payload, memoryview(bytes(size - ALIGNMENT - length))]
         with self._lock:
-            self._check_room(size)
+            check_room(self.path, size, sum(segment.end for segment in self._segments.values()), self._options)
             try:
                 target = self._segment(segment)
                 at = target.end
@@ -158,7 +155,7 @@ class SegmentedStorage:
                     self._cut(target)
                     raise
             except OSError as error:
-                raise self._failed_write(error, size) from error
+                raise failed_write(error, self.path, size) from error
             target.hold(at, at + size)
             self._dtypes[segment, at + ALIGNMENT] = dtype
             self._bytes_written += size
@@ -184,7 +181,7 @@ class SegmentedStorage:
         except EOFError as error:
             raise CorruptDataError(f"{self._where(extent)} is cut off: {error}.") from None
         except OSError as error:
-            raise StorageError(f"Cannot read {self._where(extent)}: {_reason(error)}.") from error
+            raise StorageError(f"Cannot read {self._where(extent)}: {reason(error)}.") from error
         with self._lock:
             self._bytes_read += len(buffer)
         self._verify(extent, dtype, buffer)
@@ -212,7 +209,7 @@ class SegmentedStorage:
             self._dispose()
         except OSError as error:
             raise StorageError(
-                f"Cannot remove {self.path}: {_reason(error)}. Remove it, or leave that to the next cache "
+                f"Cannot remove {self.path}: {reason(error)}. Remove it, or leave that to the next cache "
                 "that is made beside it."
             ) from error
 
@@ -230,35 +227,6 @@ class SegmentedStorage:
         self._check_owner()
         if not self._dispose.alive:
             raise CacheClosedError("This cache is closed: make a new one.")
-
-    def _check_room(self, size: int) -> None:
-        limit = self._options.max_disk_bytes
-        used = sum(segment.end for segment in self._segments.values())
-        if limit is not None and used + size > limit:
-            raise DiskFullError(
-                f"Keys and values need {format_size(size)} more in {self.path}, but {format_size(used)} of "
-                f"max_disk_bytes={format_size(limit)} are taken. Raise the limit or use a shorter context."
-            )
-        free, floor = self._free_bytes(), self._options.min_free_bytes
-        if free - size < floor:
-            raise DiskFullError(
-                f"Keys and values need {format_size(size)} more in {self.path}, and of {format_size(free)} free "
-                f"{format_size(floor)} must stay so (min_free_bytes). Free some space or choose another cache_dir."
-            )
-
-    def _free_bytes(self) -> int:
-        try:
-            return shim.disk.free_bytes(self.path)
-        except OSError as error:
-            raise StorageError(f"Cannot tell how much room is left in {self.path}: {_reason(error)}.") from error
-
-    def _failed_write(self, error: OSError, size: int) -> StorageError:
-        if error.errno in _NO_ROOM:
-            return DiskFullError(
-                f"The disk took no {format_size(size)} more of keys and values in {self.path} ({_reason(error)}; "
-                f"{format_size(self._free_bytes())} free). Free some space or choose another cache_dir."
-            )
-        return StorageError(f"Cannot write keys and values to {self.path}: {_reason(error)}.")
 
     def _segment(self, number: int) -> _Segment:
         """The open file of a segment."""
@@ -308,16 +276,10 @@ class SegmentedStorage:
                     shim.disk.close(fd)
                 shim.disk.replace(self.path / MANIFEST_TEMPORARY, self.path / MANIFEST)
             except OSError as error:
-                raise self._failed_write(error, ALIGNMENT) from error
+                raise failed_write(error, self.path, ALIGNMENT) from error
         except BaseException:
             self.close()
             raise
-
-
-def _reason(error: OSError) -> str:
-    if error.errno == errno.ENOENT:
-        return "the folder was removed while the cache was in use"
-    return error.strerror or str(error)
 
 
 def _dispose(folder: RunFolder, segments: dict[int, _Segment], owner: int) -> None:
