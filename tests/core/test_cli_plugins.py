@@ -99,6 +99,28 @@ def test_json_holds_all_of_it(output):
     }
 
 
+def test_warnings_and_the_names_that_work_are_listed(installer):
+    """`chunked` is core's own: a third party's is reached by its qualified name, and listed by it."""
+    installer.install("acme-kv", STORE.replace('name="sqlite"', 'name="chunked"').replace("Write a journal.", ""))
+    registry.cache_clear()
+    text, listing = (CliRunner().invoke(app, ["plugins", *more]).stdout for more in ([], ["--json"]))
+    registry.cache_clear()
+    warning = "option 'journal' of 'chunked' has no help text: make it with `ollm.plugin.option`"
+    assert f"loaded warning: {warning} KV store acme-kv/chunked Extents in SQLite." in squeeze(text)
+    acme = next(plugin for plugin in json.loads(listing)["plugins"] if plugin["name"] == "acme")
+    assert acme["warnings"] == [warning]
+    assert acme["strategies"][0]["name"] == "acme-kv/chunked"
+
+
+def test_a_default_that_json_does_not_know_is_listed_as_text(installer):
+    installer.install("acme-kv", STORE.replace("option(True,", "option(attrs.Factory(list),"))
+    registry.cache_clear()
+    result = CliRunner().invoke(app, ["plugins", "--json"])
+    registry.cache_clear()
+    acme = next(plugin for plugin in json.loads(result.stdout)["plugins"] if plugin["name"] == "acme")
+    assert acme["strategies"][0]["options"][0]["default"].startswith("Factory(")
+
+
 @pytest.mark.parametrize(
     "code",
     [

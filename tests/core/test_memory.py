@@ -77,6 +77,78 @@ def test_a_limit_of_version_1_beside_other_controllers(cgroup):
     assert (found.host_total, found.host_free) == (8 * GIB, 4 * GIB)
 
 
+def test_the_unlimited_of_version_1_is_no_limit(cgroup):
+    """The largest number of pages, in bytes."""
+    found = cgroup(
+        ["4:memory:/"],
+        {"memory/memory.limit_in_bytes": 2**63 - 4096, "memory/memory.usage_in_bytes": 40 * GIB},
+    )
+    assert (found.host_total, found.host_free) == (64 * GIB, 48 * GIB)
+
+
+def test_groups_of_other_controllers_limit_nothing(cgroup):
+    """Also one whose name contains `memory`."""
+    found = cgroup(
+        ["3:pids:/job", "1:name=memory:/job"],
+        {
+            "job/memory.max": GIB,
+            "job/memory.current": 0,
+            "memory/job/memory.limit_in_bytes": GIB,
+            "memory/job/memory.usage_in_bytes": 0,
+        },
+    )
+    assert found.host_total == 64 * GIB
+
+
+def test_nothing_outside_the_mount_is_read(cgroup, tmp_path):
+    (tmp_path / "memory.max").write_text(f"{GIB}")
+    (tmp_path / "memory.current").write_text("0")
+    assert cgroup(["0::/job"], {}).host_total == 64 * GIB
+
+
+def test_the_tightest_of_all_limits_counts(cgroup):
+    """Total and free may come from different groups."""
+    found = cgroup(
+        ["0::/user/job"],
+        {
+            "user/memory.max": 8 * GIB,
+            "user/memory.current": 7 * GIB,
+            "user/job/memory.max": 4 * GIB,
+            "user/job/memory.current": GIB,
+        },
+    )
+    assert (found.host_total, found.host_free) == (4 * GIB, GIB)
+
+
+def test_a_machine_fuller_than_its_groups_counts_itself(cgroup, monkeypatch):
+    monkeypatch.setattr(psutil, "virtual_memory", type("svmem", (), {"total": 64 * GIB, "available": GIB}))
+    assert cgroup(["0::/"], {"memory.max": 8 * GIB, "memory.current": GIB}).host_free == GIB
+
+
+@pytest.mark.parametrize("odd", ["", "much", "-1"])
+def test_files_that_say_nothing_limit_nothing(cgroup, odd):
+    found = cgroup(["0::/"], {"memory.max": odd, "memory.current": odd, "memory.stat": odd})
+    assert (found.host_total, found.host_free) == (64 * GIB, 48 * GIB)
+
+
+def test_page_cache_that_cannot_be_read_counts_as_used(cgroup):
+    found = cgroup(["0::/"], {"memory.max": 4 * GIB, "memory.current": 3 * GIB, "memory.stat": "inactive_file lots"})
+    assert found.host_free == GIB
+
+
+def test_without_a_proc_the_machine_counts(cgroup, monkeypatch, tmp_path):
+    cgroup(["0::/"], {"memory.max": GIB, "memory.current": 0})
+    monkeypatch.setattr(memory, "_OWN_GROUPS", tmp_path / "missing")
+    assert memory.measure_memory(torch.device("cpu")).host_total == 64 * GIB
+
+
+def test_a_cuda_device_is_asked_for_its_own_memory(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (3 * GIB, 80 * GIB))
+    found = memory.measure_memory(torch.device("cuda", 0))
+    assert (found.device_type, found.device_free, found.device_total) == ("cuda", 3 * GIB, 80 * GIB)
+    assert found.host_total <= 64 * GIB
+
+
 def test_inside_a_container_the_mount_itself_is_the_limit(cgroup):
     """`/proc/self/cgroup` names the host's path, which does not exist below the container's mount."""
     found = cgroup(["0::/host/docker/abc"], {"memory.max": GIB, "memory.current": 0})

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import attrs
 import pytest
 
@@ -18,24 +20,36 @@ def _even(_, attribute, value):
 
 @attrs.frozen(kw_only=True)
 class Options:
-    """Every type that an option may have."""
+    """Every type that an option may have, and both kinds of validator: one's own and attrs'."""
 
     page_tokens: int = option(64, help="Tokens per page.", validator=_even)
     ratio: float = option(0.5, help="A ratio.")
     eager: bool = option(False, help="Whether to hurry.")
     codec: str = option("raw", help="A name.")
     limit: ByteSize | None = option(None, help="A limit.")
+    budget: ByteSize = option(ByteSize(1024), help="A budget.")
+    order: Literal["lru", "fifo"] = option("lru", help="Who goes first.")
+    depth: int = option(2, help="Levels.", validator=attrs.validators.in_((1, 2)))
 
 
 @pytest.mark.parametrize(
     ("typed", "text"),
     [
         ({"page_tokens": 16}, {"page_tokens": "16"}),
+        ({"page_tokens": 64}, {"page_tokens": " +64 "}),
+        ({"page_tokens": -4}, {"page_tokens": "-4"}),
         ({"ratio": 2}, {"ratio": "2"}),
         ({"ratio": 0.25}, {"ratio": "0.25"}),
         ({"eager": True}, {"eager": "true"}),
+        ({"eager": True}, {"eager": " YES "}),
+        ({"eager": True}, {"eager": "1"}),
+        ({"eager": False}, {"eager": "false"}),
         ({"eager": False}, {"eager": "off"}),
+        ({"eager": False}, {"eager": "0"}),
         ({"codec": "zip"}, {"codec": "zip"}),
+        ({"codec": "64"}, {"codec": "64"}),
+        ({"budget": 2**53 + 1}, {"budget": f"{2**53 + 1}"}),
+        ({"order": "fifo"}, {"order": "fifo"}),
         ({"limit": 512 * 2**20}, {"limit": "512MiB"}),
         ({"limit": None}, {}),
     ],
@@ -52,13 +66,20 @@ def test_text_ends_the_same_as_typed_values(typed, text):
         ({"page_tokens": 1.5}, "1.5 is not a whole number"),
         ({"page_tokens": True}, "True is not a whole number"),
         ({"page_tokens": "many"}, "'many' is not a whole number"),
+        ({"page_tokens": "6.4"}, "'6.4' is not a whole number"),
+        ({"page_tokens": "--5"}, "'--5'"),
+        ({"page_tokens": None}, "None is not a whole number"),
         ({"page_tokens": 7}, "page_tokens=7 is odd"),
         ({"ratio": "half"}, "half"),
         ({"ratio": True}, "True is not a number"),
         ({"eager": 1}, "1 is not true or false"),
         ({"eager": "maybe"}, "'maybe' is not true or false"),
+        ({"eager": ""}, "'' is not true or false"),
         ({"codec": 3}, "3 is not text"),
         ({"limit": -1}, "-1 is not a size"),
+        ({"budget": True}, "True is not a size"),
+        ({"budget": None}, "None is not a size"),
+        ({"order": "random"}, "random"),
     ],
 )
 def test_a_value_that_does_not_fit_names_the_strategy_and_the_value(values, message):
@@ -66,8 +87,20 @@ def test_a_value_that_does_not_fit_names_the_strategy_and_the_value(values, mess
         structure_options(Options, values, strategy="acme-kv/s")
 
 
+def test_of_what_an_attrs_validator_raises_only_the_message_is_told():
+    """attrs raises with the attribute, the choices and the value as further arguments: no text for people."""
+    with pytest.raises(ConfigurationError, match=r"options depth=3: 'depth' must be in \(1, 2\) \(got 3\)\. See"):
+        structure_options(Options, {"depth": 3}, strategy="s")
+
+
+@pytest.mark.parametrize("values", [None, "page_tokens=4", [("page_tokens", 4)], 7])
+def test_what_is_no_mapping_is_refused(values):
+    with pytest.raises(ConfigurationError, match="for 's': give a mapping of option names to values"):
+        structure_options(Options, values, strategy="s")
+
+
 def test_an_unknown_option_lists_the_known_ones():
-    known = "page_tokens, ratio, eager, codec, limit"
+    known = "page_tokens, ratio, eager, codec, limit, budget, order, depth"
     with pytest.raises(ConfigurationError, match=rf"'s' has no option 'pagetokens'\. Its options: {known}\."):
         structure_options(Options, {"pagetokens": 4}, strategy="s")
     with pytest.raises(ConfigurationError, match=r"Its options: none\."):
@@ -81,7 +114,11 @@ def test_the_table_comes_from_the_class():
         OptionInfo("eager", "bool", False, "Whether to hurry."),
         OptionInfo("codec", "str", "raw", "A name."),
         OptionInfo("limit", "ByteSize | None", None, "A limit."),
+        OptionInfo("budget", "ByteSize", 1024, "A budget."),
+        OptionInfo("order", "Literal['lru', 'fifo']", "lru", "Who goes first."),
+        OptionInfo("depth", "int", 2, "Levels."),
     )
+    assert describe_options(NoOptions) == ()
 
 
 @pytest.mark.parametrize(

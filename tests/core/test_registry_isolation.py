@@ -59,6 +59,10 @@ BROKEN = {
         HOOK + f"return [{FOLDER.replace('chunked', '../x')}]",
         "directory='kv_cache_../x' must look like 'kv_cache_my_store'",
     ),
+    "a folder without ollm's prefix": (
+        HOOK + f"return [{FOLDER.replace('kv_cache_chunked', 'mine')}]",
+        "directory='mine' must look like 'kv_cache_my_store'",
+    ),
     "a misspelt hook": (HOOK.replace("stores", "store") + "return []", "unknown hook 'ollm_kv_store'"),
     "no hook at all": ("", r"has no function marked with `ollm\.plugin\.hookimpl`\. The hooks: ollm_kv_stores, "),
     "no API version": ("del ollm_api_version", "states no `ollm_api_version`, this ollm-core speaks 1: upgrade it"),
@@ -102,6 +106,7 @@ def test_a_plugin_is_switched_off_by_its_own_name_or_its_distributions(installer
 
 def test_a_heavy_entry_module_gets_a_warning(tmp_path):
     """In a process that has not imported torch yet, as `ollm plugins` is."""
+    (tmp_path / "torch.py").write_text("")  # stands in for the real one, which takes seconds
     (tmp_path / "acme_kv-1.0.dist-info").mkdir()
     (tmp_path / "acme_kv-1.0.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: acme-kv\nVersion: 1.0\n")
     (tmp_path / "acme_kv-1.0.dist-info" / "entry_points.txt").write_text("[ollm]\nacme = acme_kv\n")

@@ -84,6 +84,22 @@ def test_a_name_of_a_distribution_that_does_not_exist_yet_says_so(installer):
         installer.registry().get(Kind.KV_STORE, "tiered-write-back")
 
 
+@pytest.mark.parametrize(
+    ("kind", "name"), [(Kind.SPILL_POLICY, "write-through"), (Kind.OFFLOAD_PLACEMENT, "interleaved")]
+)
+def test_a_name_that_its_distribution_does_not_offer_yet_says_so(installer, kind, name):
+    """An install command would send people in a circle."""
+    with pytest.raises(UnknownStrategyError, match="for ollm-offload, which does not offer it yet") as caught:
+        installer.registry().get(kind, name)
+    assert "pip install" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", [None, 5, ["chunked"], ""])
+def test_what_is_no_name_is_answered_with_the_names(installer, name):
+    with pytest.raises(UnknownStrategyError, match=r"Available: chunked, resident\."):
+        installer.registry().get(Kind.KV_STORE, name)
+
+
 def test_cores_own_strategies_missing_points_at_cores_own_plugin(installer, monkeypatch):
     monkeypatch.setenv("OLLM_DISABLE_PLUGINS", "ollm-core")
     with pytest.raises(UnknownStrategyError, match="'chunked' ships in ollm-core itself: is its plugin switched off"):

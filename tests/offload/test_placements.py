@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from ollm.plugin import BuildContext, NoOptions
 from ollm.registry import Kind, registry
+from ollm.registry.kinds import RESERVED
 from ollm_offload import ollm_offload_placements
 
 PLACEMENTS = {strategy.name: strategy.build(BuildContext(NoOptions())) for strategy in ollm_offload_placements()}
@@ -19,6 +20,12 @@ def test_all_four_are_found_through_the_entry_point():
     assert found == set(PLACEMENTS) == {"prefix", "suffix", "middle-band", "auto"}
 
 
+def test_core_knows_which_of_the_reserved_names_are_offered():
+    """So that an error tells nobody to install what would not help."""
+    reserved = {name: home.planned for name, home in RESERVED[Kind.OFFLOAD_PLACEMENT].items()}
+    assert {name for name, planned in reserved.items() if not planned} == set(PLACEMENTS)
+
+
 @pytest.mark.parametrize(
     ("name", "total", "count", "expected"),
     [
@@ -27,6 +34,7 @@ def test_all_four_are_found_through_the_entry_point():
         ("middle-band", 16, 2, (7, 8)),
         ("middle-band", 16, 3, (6, 7, 8)),
         ("middle-band", 5, 2, (1, 2)),
+        ("middle-band", 16, 15, tuple(range(15))),
         ("middle-band", 3, 1, (1,)),
         ("auto", 16, 2, (7, 8)),
         ("prefix", 3, 9, (0, 1, 2)),

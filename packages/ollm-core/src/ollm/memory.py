@@ -59,9 +59,10 @@ def _cgroup_folders() -> list[tuple[Path, str, str, str]]:
                 continue
             top = _CGROUP_ROOT / root
             own = top / path.lstrip("/")
-            # inside a container the path may be the host's: the mount itself is the limit then
-            for folder in {top, *(parent for parent in (own, *own.parents) if parent.is_relative_to(top))}:
-                found.append((folder, limit_file, usage_file, cache_key))
+            # up to the mount itself, which is the limit inside a container: the path may be the host's there
+            for folder in (own, *own.parents):
+                if folder.is_relative_to(top):
+                    found.append((folder, limit_file, usage_file, cache_key))
     return found
 
 

@@ -1,6 +1,7 @@
 """Sizes as people write them: `"512MiB"` to bytes and back."""
 
 import re
+from decimal import Decimal
 from typing import NewType
 
 from ollm.errors import ConfigurationError
@@ -27,7 +28,7 @@ def parse_size(value: object, argument: str) -> ByteSize:
     if isinstance(value, str):
         match = _SIZE.fullmatch(value)
         if match and match[2].lower() in _UNITS:
-            return ByteSize(int(float(match[1]) * _UNITS[match[2].lower()]))
+            return ByteSize(int(Decimal(match[1]) * _UNITS[match[2].lower()]))
     raise ConfigurationError(
         f"{argument}={value!r} is not a size: give a number of bytes or text such as '512MiB', '2GB' or '0'."
     )

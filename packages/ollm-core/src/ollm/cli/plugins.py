@@ -27,7 +27,8 @@ def plugins(
     """
     found = registry()
     if as_json:
-        typer.echo(json.dumps({"plugins": [_as_dict(found, report) for report in found.reports]}, indent=2))
+        listing = {"plugins": [_as_dict(found, report) for report in found.reports]}
+        typer.echo(json.dumps(listing, indent=2, default=str))  # an option's default may be anything
         return
     console = Console(soft_wrap=True, highlight=False)
     for index, report in enumerate(found.reports):

@@ -57,7 +57,9 @@ def _type_name(hint: Any) -> str:
     arguments = typing.get_args(hint)
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
         return " | ".join(map(_type_name, arguments))
-    return "None" if hint is type(None) else str(getattr(hint, "__name__", hint))
+    if hint is type(None):
+        return "None"
+    return str(hint).replace("typing.", "") if arguments else str(getattr(hint, "__name__", hint))
 
 
 def _structure_int(value: object, _: type) -> int:
@@ -120,6 +122,7 @@ def structure_options(options: type, values: Mapping[str, Any], *, strategy: str
         raise ConfigurationError(f"'{strategy}' has no option {unknown}. Its options: {known}.") from None
     except Exception as error:
         given = ", ".join(f"{name}={value!r}" for name, value in values.items())
+        reason = error.args[0] if error.args else error  # attrs' validators add the attribute, the choices, the value
         raise ConfigurationError(
-            f"'{strategy}' does not take the options {given}: {error}. See `ollm plugins -v` for what they mean."
+            f"'{strategy}' does not take the options {given}: {reason}. See `ollm plugins -v` for what they mean."
         ) from error

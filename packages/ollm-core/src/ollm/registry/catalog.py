@@ -13,7 +13,7 @@ import importlib_metadata
 from ollm.contracts.options import structure_options
 from ollm.errors import AmbiguousStrategyError, PluginError, UnknownStrategyError
 from ollm.registry.discovery import discover
-from ollm.registry.kinds import RESERVED, Kind
+from ollm.registry.kinds import RESERVED, Home, Kind
 from ollm.registry.report import Offer, PluginReport, Status
 
 
@@ -47,6 +47,8 @@ class Registry:
             UnknownStrategyError: nobody offers it; says what is available and what failed to load.
             AmbiguousStrategyError: several do; says the qualified names.
         """
+        if not isinstance(name, str):
+            raise UnknownStrategyError(f"{kind.label} {name!r}: give a name. Available: {', '.join(self.names(kind))}.")
         for offer in self.offers(kind):
             if name == self.name_of(offer) or name == offer.qualified_name:
                 return offer
@@ -82,7 +84,7 @@ class Registry:
         if rivals:
             lines.append(f"The bare name is reserved; use {', '.join(rivals)}.")
         if home is not None:
-            lines.append(_how_to_install(name, home.distribution, home.extra))
+            lines.append(_how_to_install(name, home))
         elif close := difflib.get_close_matches(name, available, n=1):
             lines.append(f"Did you mean '{close[0]}'?")
         failed = [report for report in self.reports if report.status is not Status.LOADED]
@@ -91,13 +93,15 @@ class Registry:
         return " ".join(lines)
 
 
-def _how_to_install(name: str, distribution: str, extra: str | None) -> str:
+def _how_to_install(name: str, home: Home) -> str:
     extras = importlib_metadata.metadata("ollm-core").get_all("Provides-Extra") or []
-    if extra in extras:
-        return f"'{name}' ships in {distribution}: pip install 'ollm-core[{extra}]'."
-    if extra is None:
-        return f"'{name}' ships in {distribution} itself: is its plugin switched off or broken?"
-    return f"'{name}' is reserved for {distribution}, which this version does not have yet."
+    if home.planned:
+        return f"'{name}' is reserved for {home.distribution}, which does not offer it yet."
+    if home.extra in extras:
+        return f"'{name}' ships in {home.distribution}: pip install 'ollm-core[{home.extra}]'."
+    if home.extra is None:
+        return f"'{name}' ships in {home.distribution} itself: is its plugin switched off or broken?"
+    return f"'{name}' is reserved for {home.distribution}, which this version does not have yet."
 
 
 @functools.cache

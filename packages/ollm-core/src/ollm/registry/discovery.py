@@ -7,6 +7,7 @@ several plugins offer: see `catalog`.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import re
@@ -32,7 +33,7 @@ _HEAVY_MODULES = ("torch", "transformers")
 
 def discover() -> tuple[PluginReport, ...]:
     """Load every plugin that is installed, in a fixed order, and report on each. Raises for no plugin's fault."""
-    disabled = {name.strip() for name in os.environ.get(DISABLE_VARIABLE, "").split(",") if name.strip()}
+    disabled = {_normal(name.strip()) for name in os.environ.get(DISABLE_VARIABLE, "").split(",")}
     points = sorted(
         importlib_metadata.entry_points(group=hookspecs.PROJECT), key=lambda point: (_owner(point), point.name)
     )
@@ -41,10 +42,15 @@ def discover() -> tuple[PluginReport, ...]:
 
 def _owner(point: importlib_metadata.EntryPoint) -> tuple[str, str]:
     """Normalised name and version of the distribution that a plugin came with."""
-    dist = point.dist
-    if dist is None:
-        return "unknown", "0"
-    return re.sub(r"[-_.]+", "-", dist.name).lower(), dist.version
+    with contextlib.suppress(Exception):  # metadata without a name, or none: what an interrupted uninstall leaves
+        if point.dist is not None:
+            return _normal(point.dist.name), point.dist.version
+    return "unknown", "0"
+
+
+def _normal(name: str) -> str:
+    """A name as pip compares it: `Acme_KV` is `acme-kv`."""
+    return re.sub(r"[-_.]+", "-", name).lower()
 
 
 def _report(point: importlib_metadata.EntryPoint, disabled: set[str]) -> PluginReport:
@@ -55,19 +61,19 @@ def _report(point: importlib_metadata.EntryPoint, disabled: set[str]) -> PluginR
             name=point.name, module=point.value, distribution=distribution, version=version, status=status, **more
         )
 
-    if disabled & {point.name, distribution}:
+    if disabled & {_normal(point.name), distribution}:
         return report(Status.DISABLED, reason=f"switched off by {DISABLE_VARIABLE}")
     before = {module for module in _HEAVY_MODULES if module in sys.modules}
     try:
         offers = tuple(_load(point, distribution))
+        undocumented = _undocumented_options(offers)
     except KeyboardInterrupt:  # the user's own Ctrl-C
         raise
     except BaseException as error:  # a plugin may raise anything, SystemExit and MemoryError included
         return report(Status.BROKEN, reason=_describe(error))
     heavy = [module for module in _HEAVY_MODULES if module in sys.modules and module not in before]
     warnings = [f"its entry module imports {module}: move that import into `build`" for module in heavy]
-    warnings += _undocumented_options(offers)
-    return report(Status.LOADED, offers=offers, warnings=tuple(warnings))
+    return report(Status.LOADED, offers=offers, warnings=(*warnings, *undocumented))
 
 
 def _load(point: importlib_metadata.EntryPoint, distribution: str) -> Iterator[Offer]:
@@ -87,7 +93,8 @@ def _load(point: importlib_metadata.EntryPoint, distribution: str) -> Iterator[O
         raise PluginError(f"has no function marked with `ollm.plugin.hookimpl`. The hooks: {known}")
     seen: set[tuple[Kind, str]] = set()
     for kind in Kind:
-        for answer in getattr(manager.hook, kind.value)():
+        hook = getattr(manager.hook, kind.value)
+        for answer in hook() or [None] * len(hook.get_hookimpls()):  # pluggy leaves answers of `None` out
             for strategy in _strategies(kind, answer):
                 _check(kind, strategy, distribution)
                 if (kind, strategy.name) in seen:
@@ -141,7 +148,7 @@ def _describe(error: BaseException) -> str:
     """What was raised and where, in one line; even from an exception that cannot be printed."""
     try:
         text = " ".join(str(error).split())
-    except Exception:
+    except BaseException:
         text = "(its message cannot be printed)"
     if isinstance(error, PluginError):
         return text

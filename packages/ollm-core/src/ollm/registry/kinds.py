@@ -35,6 +35,8 @@ class Home:
 
     distribution: str
     extra: str | None
+    planned: bool = False
+    """Whether the name is only reserved: no version of the distribution offers it yet."""
 
 
 _CORE = Home("ollm-core", None)
@@ -42,6 +44,7 @@ _PAGED = Home("ollm-kv-paged", "paged")
 _JOURNAL = Home("ollm-kv-journal", "journal")
 _QUANT = Home("ollm-kv-quant", "quant")
 _OFFLOAD = Home("ollm-offload", "offload")
+_OFFLOAD_LATER = attrs.evolve(_OFFLOAD, planned=True)
 
 RESERVED: dict[Kind, dict[str, Home]] = {
     Kind.KV_STORE: {
@@ -54,8 +57,11 @@ RESERVED: dict[Kind, dict[str, Home]] = {
         "tiered-write-back": _JOURNAL,
         "quantized-cold-tier": _QUANT,
     },
-    Kind.SPILL_POLICY: {"auto": _CORE, "write-through": _OFFLOAD, "fixed-budget": _OFFLOAD},
-    Kind.OFFLOAD_PLACEMENT: dict.fromkeys(("prefix", "suffix", "middle-band", "auto", "interleaved", "fit"), _OFFLOAD),
+    Kind.SPILL_POLICY: {"auto": _CORE, "write-through": _OFFLOAD_LATER, "fixed-budget": _OFFLOAD_LATER},
+    Kind.OFFLOAD_PLACEMENT: {
+        **dict.fromkeys(("prefix", "suffix", "middle-band", "auto"), _OFFLOAD),
+        **dict.fromkeys(("interleaved", "fit"), _OFFLOAD_LATER),
+    },
     Kind.MODEL_ADAPTER: {"llama": _CORE, "generic": _CORE},
 }
 """Names that only their home distribution can offer unqualified, whatever else is installed and in whatever order."""
