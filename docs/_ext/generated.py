@@ -35,6 +35,7 @@ _PLUGIN_GROUPS: dict[str, tuple[str, ...]] = {
     "Model adapters": ("ModelAdapter", "ModelParts"),
     "Errors": (
         "OllmError", "ConfigurationError", "StorageError", "CorruptDataError", "DiskFullError", "NonFiniteError",
+        "StoreContractError",
         "UnsupportedOperationError",
     ),
 }  # fmt: skip

@@ -122,3 +122,11 @@ def test_core_alone_offers_what_it_promises(installer):
         (Kind.MODEL_ADAPTER, "llama"),
         (Kind.MODEL_ADAPTER, "generic"),
     }
+
+
+def test_a_distribution_that_offers_a_name_twice_through_two_entry_points(installer):
+    installer.install("acme-kv", offering("sqlite"))
+    points = installer.paths[0] / "acme_kv-1.0.dist-info" / "entry_points.txt"
+    points.write_text(points.read_text() + "more = acme_kv\n")
+    with pytest.raises(AmbiguousStrategyError, match="'acme-kv/sqlite' is offered twice by one distribution"):
+        installer.registry().get(Kind.KV_STORE, "acme-kv/sqlite")

@@ -19,6 +19,7 @@ from ollm.errors import (
     NonFiniteError,
     OllmError,
     StorageError,
+    StoreContractError,
     UnsupportedOperationError,
 )
 from ollm.storage.options import StorageOptions
@@ -63,6 +64,7 @@ __all__ = [
     "SpillPolicy",
     "StorageError",
     "StorageOptions",
+    "StoreContractError",
     "StoreStats",
     "Strategy",
     "UnsupportedOperationError",

@@ -123,7 +123,7 @@ class KVStore(ABC):
         """Dropped extents that no reader holds any more: their bytes may be reused now. Default: nothing."""
 
     def read(self, extent: Extent) -> Tensor:
-        """The raw bytes of an extent as a uint8 tensor on the host. Core calls this from its I/O workers.
+        """The raw bytes of an extent as a uint8 tensor on the host. Several threads may call this at once.
 
         Raises:
             CorruptDataError: when the bytes are not those that were appended.

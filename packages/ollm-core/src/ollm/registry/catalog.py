@@ -49,9 +49,14 @@ class Registry:
         """
         if not isinstance(name, str):
             raise UnknownStrategyError(f"{kind.label} {name!r}: give a name. Available: {', '.join(self.names(kind))}.")
-        for offer in self.offers(kind):
-            if name == self.name_of(offer) or name == offer.qualified_name:
-                return offer
+        meant = [offer for offer in self.offers(kind) if name in (self.name_of(offer), offer.qualified_name)]
+        if len(meant) == 1:
+            return meant[0]
+        if meant:
+            raise AmbiguousStrategyError(
+                f"{kind.label} '{name}' is offered twice by one distribution, so it means neither: upgrade or uninstall "
+                f"{meant[0].distribution}."
+            )
         rivals = [offer.qualified_name for offer in self._named(kind, name)]
         if len(rivals) > 1 and name not in RESERVED[kind]:
             raise AmbiguousStrategyError(

@@ -2,5 +2,6 @@
 
 From the bottom: `shim` (every system call), `folder` (private folders, locks, cleaning up), `records` and `manifest`
 (the format), `room` (is there any left), `segments` (`SegmentedStorage`, what stores use), `tensors` (between tensors
-and bytes). Nothing here knows of attention, models or strategies. The format is written down in `docs/reference/on-disk-format.md`.
+and bytes). Nothing here knows of attention, models or strategies. The format is written down in
+`docs/reference/on-disk-format.md`.
 """
