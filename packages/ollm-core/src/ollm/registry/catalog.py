@@ -54,7 +54,7 @@ class Registry:
             return meant[0]
         if meant:
             raise AmbiguousStrategyError(
-                f"{kind.label} '{name}' is offered twice by one distribution, so it means neither: upgrade or uninstall "
+                f"{kind.label} '{name}' is offered twice by one distribution and means neither: upgrade or uninstall "
                 f"{meant[0].distribution}."
             )
         rivals = [offer.qualified_name for offer in self._named(kind, name)]
