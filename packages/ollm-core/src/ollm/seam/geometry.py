@@ -40,8 +40,9 @@ def layer_types(config: Any) -> list[tuple[str, dict[str, Any]]]:
 
 def kv_geometry(config: Any, dtype: torch.dtype) -> KVGeometry:
     """Expected shapes of the stored layers, for planning. What a model really appends decides."""
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    key_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    query_heads = getattr(config, "num_attention_heads", None) or 1  # models without attention have none
+    heads = getattr(config, "num_key_value_heads", None) or query_heads
+    key_size = getattr(config, "head_dim", None) or config.hidden_size // query_heads
     value_size = getattr(config, "v_head_dim", None) or key_size
     return KVGeometry(
         tuple(
