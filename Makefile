@@ -6,13 +6,14 @@ READY := $(VENV)/.ready
 PACKAGES := ollm-core ollm-offload
 SOURCES := $(PACKAGES:%=packages/%/src)
 
-.PHONY: help setup demo test nightly lint types imports docs wheels check clean
+.PHONY: help setup demo test survey nightly lint types imports docs wheels check clean
 
 help:
 	@echo "make demo     run a small model from disk-backed keys and values and compare it with stock transformers"
 	@echo "make test     all tests"
 	@echo "make check    lint, types, import contracts, docs"
 	@echo "make wheels   build every wheel and test each alone with core in a clean environment"
+	@echo "make survey   try every causal architecture of transformers and write docs/reference/models.md"
 	@echo "make nightly  what takes longer than a test run may"
 	@echo "make clean    remove what make made"
 
@@ -28,6 +29,9 @@ demo: setup
 
 test: setup
 	$(BIN)/python -m pytest
+
+survey: setup
+	PYTHONPATH=tests $(BIN)/python -m together.survey
 
 nightly: setup
 	$(BIN)/python -m pytest --hypothesis-profile=nightly

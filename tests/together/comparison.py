@@ -12,7 +12,9 @@ from ollm import disk_cache
 STRATEGIES = {
     "chunked, nothing resident": {"cache_strategy": "chunked", "ram_budget": 0},
     "chunked, some resident": {"cache_strategy": "chunked", "ram_budget": "12KiB"},
+    "chunked, prompts in pieces": {"cache_strategy": "chunked", "ram_budget": 0, "dense_projection_chunk_rows": 5},
     "resident": {"cache_strategy": "resident"},
+    "chunked, tensor mode": {"cache_strategy": "chunked", "ram_budget": 0, "mode": "tensor"},
 }
 
 

@@ -25,6 +25,15 @@ def tiny_spill_installed():
     registry.cache_clear()
 
 
+@pytest.fixture(scope="session", autouse=True)
+def one_thread():
+    """Tiny tensors gain nothing from threads, and threads that wait for each other cost much on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(autouse=True)
 def no_gradients():
     with torch.inference_mode():

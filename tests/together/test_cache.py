@@ -189,13 +189,26 @@ def test_two_caches_of_one_model_do_not_disturb_each_other(model, tmp_path):
             assert_same(generate(model, prompt, cache), generate(model, prompt, stock_cache(model)))
 
 
-def test_bfloat16_gives_the_same_tokens(tmp_path):
-    """Tensor mode hands over the very same bits, so even rounding is the same."""
+def test_bfloat16_in_tensor_mode_is_the_same_bit_for_bit(tmp_path):
+    """Attention gets the very same bits, so even rounding is the same."""
     model = make_model("llama").to(torch.bfloat16)
     ids = tokens(2, 40)
-    with cache_for(model, tmp_path) as cache:
+    with cache_for(model, tmp_path, mode="tensor") as cache:
         ours, stock = generate(model, ids, cache), generate(model, ids, stock_cache(model))
     assert torch.equal(torch.stack(ours.logits), torch.stack(stock.logits))
+
+
+def test_bfloat16_in_block_mode_differs_by_rounding(tmp_path):
+    """No farther from fp32 than stock attention in bfloat16 is, give or take."""
+    model = make_model("llama")
+    ids = tokens(2, 60)
+    exact = model(ids).logits
+    model = model.to(torch.bfloat16)
+    stock = (model(ids, past_key_values=stock_cache(model)).logits - exact).abs().mean()
+    with cache_for(model, tmp_path, dense_projection_chunk_rows=16) as cache:
+        assert cache.state().mode == "block"
+        ours = (model(ids, past_key_values=cache).logits - exact).abs().mean()
+    assert ours < 1.2 * stock
 
 
 def test_transformers_own_layers_are_left_alone():

@@ -70,6 +70,10 @@ class BatchMismatchError(CacheError, ValueError):
     """A cache that holds one batch was given keys and values of another; call `reset()` or make another cache."""
 
 
+class BlockModeError(CacheError, RuntimeError):
+    """Block-mode keys and values met code that takes tensors; the message names the operation."""
+
+
 class InterruptedForwardError(CacheError, RuntimeError):
     """An earlier forward pass stopped half-way, so the layers disagree on their length; call `reset()`."""
 

@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import cattrs
+import torch
 
+from ollm.adapters import find_adapter
 from ollm.contracts.kv import KVStore
-from ollm.contracts.spill import SpillPlan, SpillPolicy
+from ollm.contracts.spill import KVGeometry, MemorySnapshot, SpillPlan, SpillPolicy
 from ollm.contracts.strategy import BuildContext, KVBuildContext, KVFacts
-from ollm.errors import ConfigurationError, PluginError
+from ollm.errors import ConfigurationError, OllmError, PluginError
 from ollm.kv.session import KVSession
+from ollm.kv.state import PrefillProgress
 from ollm.memory import measure_memory
 from ollm.registry import Kind, Offer, registry
 from ollm.seam.cache import KVCache
-from ollm.seam.geometry import decoder_config, kv_geometry
+from ollm.seam.geometry import decoder_config, kv_geometry, without_adapter
+from ollm.seam.mode import switch_off, switch_on, why_not_blocks
+from ollm.seam.prefill import piece_rows
 from ollm.storage.folder import RunFolder
 from ollm.storage.options import StorageOptions
 from ollm.storage.segments import SegmentedStorage
@@ -26,6 +33,9 @@ from ollm.units import parse_size
 if TYPE_CHECKING:
     from torch import nn
 
+logger = logging.getLogger(__name__)
+
+MODES = ("auto", "block", "tensor")
 LIFECYCLES = ("runtime-scoped", "persistent")
 
 
@@ -39,6 +49,9 @@ def disk_cache(
     ram_budget: int | str | None = None,
     spill_policy: str | None = None,
     options: Mapping[str, Any] | None = None,
+    mode: str = "auto",
+    dense_projection_chunk_rows: int | None = None,
+    progress: Callable[[PrefillProgress], None] | None = None,
 ) -> KVCache:
     """A KV cache for any transformers model, to be passed as `model.generate(past_key_values=cache)`.
 
@@ -52,6 +65,12 @@ def disk_cache(
             resident; by default the spill policy decides from what is free.
         spill_policy: by default the one that the strategy names.
         options: the strategy's own options, see `ollm plugins -v`.
+        mode: `block`: attention reads keys and values block by block, so that memory does not grow with the context;
+            `tensor`: it gets all of one layer's at a time, which works for every model; `auto`: blocks where a trial
+            with a few tokens shows that the model takes them.
+        dense_projection_chunk_rows: in block mode, how many tokens of a prompt a layer takes at once; by default as
+            many as keep its activations within a sixteenth of the free memory, at most 4096.
+        progress: in block mode, called after every piece of every layer of a prefill.
 
     Raises:
         ConfigurationError: for any wrong argument, before anything is made.
@@ -63,6 +82,12 @@ def disk_cache(
     name, facts = names.name_of(offer), offer.strategy.facts
     assert facts is not None  # the registry refuses KV stores without
     settings = names.options(offer, {} if options is None else options)
+    if dense_projection_chunk_rows is not None and (
+        not isinstance(dense_projection_chunk_rows, int) or dense_projection_chunk_rows < 1
+    ):
+        raise ConfigurationError(f"dense_projection_chunk_rows={dense_projection_chunk_rows!r}: give 1 or more tokens.")
+    if mode not in MODES:
+        raise ConfigurationError(f"mode={mode!r}: choose one of {', '.join(MODES)}.")
     _check_lifecycle(cache_lifecycle, name, facts)
     _check_window(cache_window_tokens, name, facts)
     directory = _check_cache_dir(cache_dir, name, facts)
@@ -70,7 +95,9 @@ def disk_cache(
     policy = names.get(Kind.SPILL_POLICY, spill_policy or facts.spill_policy)
     parameter = next(model.parameters())
     geometry = kv_geometry(config, parameter.dtype)
-    plan = _plan(policy, geometry, parameter.device, budget)
+    memory = measure_memory(parameter.device)
+    plan = _plan(policy, geometry, memory, budget)
+    rows = dense_projection_chunk_rows or piece_rows(config, parameter.dtype.itemsize, memory.device_free)
 
     def storage() -> SegmentedStorage:
         if directory is None or facts.directory is None:
@@ -79,8 +106,22 @@ def disk_cache(
         folder = RunFolder.create(directory, facts.directory)
         return SegmentedStorage(folder, strategy=name, options=shared, parameters=cattrs.unstructure(settings))
 
-    context = KVBuildContext(options=settings, geometry=geometry, device=parameter.device, storage=storage)
+    layers, reason = _choose_mode(model, config, mode)
+    if layers is None and not facts.full_history:
+        raise ConfigurationError(f"cache_strategy={name!r} keeps a window, which needs mode='block'; {reason}.")
+    context = KVBuildContext(
+        options=settings,
+        geometry=geometry,
+        device=parameter.device,
+        window_tokens=cache_window_tokens,
+        storage=storage,
+    )
     store = names.build(offer, context, KVStore)
+    if store.window != cache_window_tokens:
+        store.close()
+        raise PluginError(
+            f"KV store '{name}' has window={store.window!r}, cache_window_tokens={cache_window_tokens!r}."
+        )
     session = KVSession(
         store,
         plan,
@@ -89,10 +130,71 @@ def disk_cache(
         keep_resident=facts.lossless and facts.directory is not None,
     )
     try:
-        return KVCache(config, session, spill_policy=names.name_of(policy), lossless=facts.lossless)
+        return _make_cache(model, config, session, layers, spill_policy=names.name_of(policy), lossless=facts.lossless,
+            mode_reason=reason, piece_rows=rows, progress=progress)  # fmt: skip
     except BaseException:
         session.close()
         raise
+
+
+def _make_cache(
+    model: nn.Module,
+    config: Any,
+    session: KVSession,
+    layers: Sequence[nn.Module] | None,
+    *,
+    piece_rows: int | None,
+    progress: Callable[[PrefillProgress], None] | None,
+    **facts: Any,
+) -> KVCache:
+    """A cache in block mode, with the model switched to it, or in tensor mode where `layers` is `None`."""
+    if layers is None:
+        return KVCache(config, session, **facts)
+    switch_on(model, layers)
+    cache = KVCache(config, session, undo_blocks=functools.partial(switch_off, model), **facts)
+    cache.piece_rows, cache.progress = piece_rows, progress
+    return cache
+
+
+def _choose_mode(model: nn.Module, config: Any, mode: str) -> tuple[Sequence[nn.Module] | None, str]:
+    """The decoder layers that take prompts in pieces (perhaps none), or `None` for tensor mode; and why."""
+    if mode == "tensor":
+        return None, "asked for"
+
+    def trial_cache() -> KVCache:
+        names = registry()
+        offer = names.get(Kind.KV_STORE, "resident")
+        context = KVBuildContext(
+            options=names.options(offer, {}),
+            geometry=kv_geometry(config, torch.float32),
+            device=torch.device("cpu"),
+            window_tokens=None,
+            storage=lambda: None,  # type: ignore[arg-type,return-value]
+        )
+        plan = SpillPlan(flush_tokens=2, flush_bytes=2**20)
+        store = names.build(offer, context, KVStore)
+        session = KVSession(store, plan, strategy="trial", layers=1, keep_resident=False)
+        return KVCache(config, session, spill_policy="trial", lossless=True, undo_blocks=lambda: None)
+
+    layers = _decoder_layers(model)
+    reason = why_not_blocks(model, trial_cache, layers)
+    if reason and layers:  # perhaps it only takes no pieces
+        whole = why_not_blocks(model, trial_cache, ())
+        if not whole:
+            return (), f"a trial gave the same logits as stock attention, but not for prompts in pieces: {reason}"
+    if not reason:
+        return layers, "a trial gave the same logits as stock attention"
+    if mode == "block":
+        raise ConfigurationError(f"mode='block': {type(model).__name__} cannot attend block by block: {reason}.")
+    return None, f"blocks do not work with this model: {reason}"
+
+
+def _decoder_layers(model: nn.Module) -> Sequence[nn.Module]:
+    """The model's decoder layers, as its adapter knows them; none if no adapter does."""
+    try:
+        return find_adapter(model.config)[1].parts(without_adapter(model)).layers
+    except OllmError:
+        return ()
 
 
 def _check_lifecycle(lifecycle: str, name: str, facts: KVFacts) -> None:
@@ -120,10 +222,18 @@ def _check_window(window: int | None, name: str, facts: KVFacts) -> None:
             f"cache_window_tokens={window!r} with cache_strategy={name!r}: that strategy keeps the full history. "
             f"Strategies that keep a window: {', '.join(windowed) or 'none is installed'}."
         )
-    if not facts.full_history:
+    if facts.full_history:
+        return
+    if not isinstance(window, int) or isinstance(window, bool) or window < 1:
         raise ConfigurationError(
-            f"cache_strategy={name!r} keeps a window, which needs block-wise attention; this version does not have it."
+            f"cache_window_tokens={window!r} with cache_strategy={name!r}: give the number of newest tokens to keep, "
+            "1 or more."
         )
+    logger.warning(
+        "cache_strategy=%r keeps the newest %d tokens only: the model forgets what is older, by intention.",
+        name,
+        window,
+    )
 
 
 def _check_budget(ram_budget: int | str | None, name: str, facts: KVFacts) -> int | None:
@@ -148,11 +258,11 @@ def _check_cache_dir(cache_dir: str | os.PathLike[str] | None, name: str, facts:
     return Path(cache_dir).absolute()
 
 
-def _plan(policy: Offer, geometry: Any, device: Any, budget: int | None) -> SpillPlan:
+def _plan(policy: Offer, geometry: KVGeometry, memory: MemorySnapshot, budget: int | None) -> SpillPlan:
     names = registry()
     settings = names.options(policy, {})
     built: SpillPolicy = names.build(policy, BuildContext(settings), SpillPolicy)
-    plan = built.plan(geometry, measure_memory(device), budget)
+    plan = built.plan(geometry, memory, budget)
     if not isinstance(plan, SpillPlan) or (budget is not None and plan.resident_bytes > budget):
         raise PluginError(
             f"Spill policy '{names.name_of(policy)}' answered {plan!r}: it must be a SpillPlan within the budget of "

@@ -9,7 +9,8 @@ from __future__ import annotations
 import logging as _logging
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +27,7 @@ from ollm.seam.loading import apply_adapter, load_config, load_model, load_token
 from ollm.stats import Meter, Stats
 
 if TYPE_CHECKING:
+    from ollm.kv.state import PrefillProgress
     from ollm.seam.cache import KVCache
 
 logger = _logging.getLogger("ollm")
@@ -71,6 +73,9 @@ class _Native:
         ram_budget: int | str | None = None,
         spill_policy: str | None = None,
         options: Mapping[str, Any] | None = None,
+        mode: str = "auto",
+        dense_projection_chunk_rows: int | None = None,
+        progress: Callable[[PrefillProgress], None] | None = None,
     ) -> KVCache:
         """A KV cache for this model; see `ollm.disk_cache` for the arguments and errors.
 
@@ -78,16 +83,20 @@ class _Native:
             NotLoadedError: before a model is loaded.
         """
         self._check_loaded("DiskCache")
-        cache = disk_cache(
-            self.model,
-            cache_dir=cache_dir,
-            cache_strategy=cache_strategy,
-            cache_lifecycle=cache_lifecycle,
-            cache_window_tokens=cache_window_tokens,
-            ram_budget=ram_budget,
-            spill_policy=spill_policy,
-            options=options,
-        )
+        with self._meter.paused() if self._meter else nullcontext():  # a trial run is not a generation
+            cache = disk_cache(
+                self.model,
+                cache_dir=cache_dir,
+                cache_strategy=cache_strategy,
+                cache_lifecycle=cache_lifecycle,
+                cache_window_tokens=cache_window_tokens,
+                ram_budget=ram_budget,
+                spill_policy=spill_policy,
+                options=options,
+                mode=mode,
+                dense_projection_chunk_rows=dense_projection_chunk_rows,
+                progress=progress,
+            )
         if self._meter is not None:
             self._meter.flush()
             self.stats.caches.append(cache.counters)

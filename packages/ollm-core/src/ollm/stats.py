@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import attrs
@@ -79,6 +81,7 @@ class Meter:
     def __init__(self, model: nn.Module, stats: Stats) -> None:
         self._stats = stats
         self._began = 0.0
+        self._counting = True
         self._decoding = True
         self._logged = 0
         self._since = stats.totals()
@@ -93,12 +96,23 @@ class Meter:
             logger.info("generation %d: %s", self._stats.generations, self._stats.summary(self._since))
             self._logged = self._stats.generations
 
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Count nothing meanwhile: forwards that the user did not ask for."""
+        self._counting = False
+        try:
+            yield
+        finally:
+            self._counting = True
+
     def remove(self) -> None:
         """Take the hooks off the model."""
         for handle in self._handles:
             handle.remove()
 
     def _before(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        if not self._counting:
+            return
         _, length = _shape(args, kwargs)
         if length > 1 and self._decoding:  # else it is a further chunk of the same prompt
             self.flush()
@@ -108,6 +122,8 @@ class Meter:
         self._began = time.perf_counter()
 
     def _after(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        if not self._counting:
+            return
         seconds = time.perf_counter() - self._began
         rows, length = _shape(args, kwargs)
         if length == 1:

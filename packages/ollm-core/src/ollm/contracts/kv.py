@@ -71,8 +71,6 @@ class StoreStats:
     bytes_written: int = 0
     bytes_read: int = 0
     compactions: int = 0
-    evictions: int = 0
-    evicted_tokens: int = 0
     representation: str = "exact"
     """How cold keys and values are represented, such as `exact` or `int8-symmetric-per-tensor`."""
 
@@ -88,6 +86,13 @@ class KVStore(ABC):
     extent_tokens: int | None = None
     """Tokens that every extent must hold exactly; `None` lets core cut extents of any size."""
 
+    window: int | None = None
+    """Newest tokens that a query may see, itself included; `None` for the full history. Core masks by it and evicts
+    what has left it; strategies that set it state `full_history=False`."""
+
+    sinks: int = 0
+    """First tokens that stay visible for ever beside the window."""
+
     storage: SegmentedStorage | None = None
     """The storage that holds the extents' bytes, from which core reads; `None` for stores that override `read`."""
 
@@ -101,8 +106,8 @@ class KVStore(ABC):
 
     @abstractmethod
     def extents(self, layer: int) -> Sequence[Extent]:
-        """The extents of `layer`: immutable, contiguous from position 0 (from the window's start, where there is one),
-        in order. A later append or truncate makes a new sequence and leaves this one as it is."""
+        """The extents of `layer`: immutable, in order of position and contiguous from position 0, but for those that
+        were evicted. A later append or truncate makes a new sequence and leaves this one as it is."""
 
     @abstractmethod
     def decode(self, extent: Extent, raw: Tensor, out: KVBlock | None) -> KVBlock:
@@ -118,6 +123,13 @@ class KVStore(ABC):
 
         The bytes of dropped extents may still be read: they become free when core calls `release`.
         """
+
+    def evict(self, layer: int, extents: Sequence[Extent]) -> None:
+        """Drop these extents of `layer`, which have left the window; never the newest one, and nothing moves.
+
+        Called for stores with a `window` only. Their bytes become free when core calls `release`.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has a window: it must override `evict`.")
 
     def release(self, extents: Sequence[Extent]) -> None:  # noqa: B027
         """Dropped extents that no reader holds any more: their bytes may be reused now. Default: nothing."""

@@ -67,6 +67,8 @@ class KVBuildContext(BuildContext):
     """Shapes that core expects from the model's config, for planning: the first `append` to a layer decides."""
     device: torch.device
     """Where attention runs and where raw bytes are handed to `decode`."""
+    window_tokens: int | None
+    """The caller's `cache_window_tokens`; for strategies that keep a window, which must set `KVStore.window` by it."""
     storage: StorageFactory
     """Opens this cache's private folder and returns a `SegmentedStorage` in it."""
 

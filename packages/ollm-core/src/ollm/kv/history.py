@@ -5,15 +5,30 @@ Knows positions, rows and when to flush. Knows nothing of attention, masks or ho
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import attrs
 import torch
 from torch import Tensor
 
-from ollm.contracts.kv import KVBlock
+from ollm.attention.blockwise import Block
+from ollm.contracts.kv import Extent, KVBlock
 from ollm.errors import BatchMismatchError
-from ollm.kv.rows import RowMap, select
+from ollm.kv.handle import KVHandle
+from ollm.kv.rows import RowMap, select, take
 from ollm.kv.session import KVSession
 from ollm.kv.tail import Pending, Tail
 from ollm.storage.tensors import LayerLayout
+
+
+@attrs.frozen
+class _Past:
+    """What a layer held at one moment: extents with their row maps, then blocks in memory."""
+
+    extents: tuple[Extent, ...]
+    row_maps: tuple[RowMap, ...]
+    recent: list[Block]
 
 
 class LayerHistory:
@@ -27,6 +42,8 @@ class LayerHistory:
         self._layout: LayerLayout | None = None
         self._device = torch.device("cpu")
         self._row_maps: list[RowMap] = []
+        self._held: _Past | None = None
+        self._evicted = 0
 
     @property
     def stored_tokens(self) -> int:
@@ -62,6 +79,7 @@ class LayerHistory:
         self._row_maps += [None] * (len(self._session.store.extents(self.layer)) - len(self._row_maps))
         self.tail = rest
         self._session.counters.spills += 1
+        self._evict()
 
     def gather(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Everything that came before, with the given tokens behind it, as two tensors of their own."""
@@ -81,6 +99,32 @@ class LayerHistory:
         all_values[:, :, before:] = values
         return all_keys, all_values
 
+    def handle(self, keys: Tensor, values: Tensor) -> KVHandle:
+        """The same as `gather`, as blocks that are read when attention asks for them."""
+        self._check(keys, values)
+        layout = self._layout or LayerLayout.of(keys, values)
+        newest = Block(self.tokens, keys, values)
+        if self._held is not None:
+            self._held.recent.append(newest)
+            return KVHandle(self._session, layout, self._held.extents, self._held.row_maps, self._held.recent)
+        before = self._past()
+        return KVHandle(self._session, layout, before.extents, before.row_maps, [*before.recent, newest])
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Until the end of the `with` block, what is appended stays in memory too, so that it is not read back: for a
+        layer that takes a prompt in several pieces, one after the other."""
+        self._held = self._past()
+        with self._session.snapshot(self._held.extents):
+            try:
+                yield
+            finally:
+                self._held = None
+
+    def _past(self) -> _Past:
+        recent = [Block(self.stored_tokens, self.tail.keys, self.tail.values)] if self.tail.tokens else []
+        return _Past(tuple(self._session.store.extents(self.layer)), tuple(self._row_maps), recent)
+
     def crop(self, length: int) -> None:
         """Keep the first `length` tokens: cuts the tail, then whole extents, then puts the remainder in the tail."""
         stored = self.stored_tokens
@@ -92,8 +136,29 @@ class LayerHistory:
             del self._row_maps[len(self._session.store.extents(self.layer)) :]
             self.tail = rest
         if length == 0:
-            self.rows, self._layout = 0, None
+            self.rows, self._layout, self._evicted = 0, None, 0
         self._session.release_unread()
+
+    def why_not_crop(self, length: int) -> str | None:
+        """Why the first `length` tokens cannot be kept alone: a later query would miss some that left the window."""
+        window = self._session.store.window
+        if window is None or not self._evicted or length == 0 or self._evicted <= max(length - window, 0):
+            return None
+        return f"tokens before {self._evicted} have left the window of {window} tokens and are gone"
+
+    def _evict(self) -> None:
+        """Let the store drop extents that no later query sees; the newest stays, for positions are counted from it."""
+        store = self._session.store
+        if store.window is None:
+            return
+        border = self.tokens - store.window
+        extents = store.extents(self.layer)
+        gone = [extent for extent in extents[:-1] if store.sinks <= extent.start and extent.stop <= border]
+        if gone:
+            keep = [index for index, extent in enumerate(extents) if extent not in gone]
+            self._session.evict(self.layer, gone)
+            self._row_maps = [self._row_maps[index] for index in keep]
+            self._evicted = gone[-1].stop
 
     def select_rows(self, index: Tensor) -> None:
         """Make the batch `batch[index]`, copying nothing that is stored. `index`: int64, on any device."""
@@ -113,9 +178,9 @@ class LayerHistory:
                 out = KVBlock(keys[:, :, span], values[:, :, span])
                 block = self._session.load(extent, self._layout, keys.device, out if row_map is None else None)
                 if block.keys is not out.keys:
-                    out.keys.copy_(_take(block.keys, row_map))
+                    out.keys.copy_(take(block.keys, row_map))
                 if block.values is not out.values:
-                    out.values.copy_(_take(block.values, row_map))
+                    out.values.copy_(take(block.values, row_map))
 
     def _remainder(self, length: int) -> tuple[Tail, int]:
         """What stays of the extent that `length` cuts in two, as a tail with today's rows, and where it begins."""
@@ -127,7 +192,7 @@ class LayerHistory:
                 with self._session.snapshot([extent]):
                     block = self._session.load(extent, self._layout, self._device, None)
                     part = slice(0, length - extent.start)
-                    keys, values = (_take(block.keys, row_map)[:, :, part], _take(block.values, row_map)[:, :, part])
+                    keys, values = (take(block.keys, row_map)[:, :, part], take(block.values, row_map)[:, :, part])
                     rest.append(keys.to(self._device), values.to(self._device))
                     return rest, extent.start
         return rest, length
@@ -162,7 +227,3 @@ class LayerHistory:
                 f"Layer {self.layer} holds {self.rows} rows of {self._layout}, and {keys.shape[0]} rows of {layout} "
                 "were appended. A cache serves one batch: call reset() or make another cache."
             )
-
-
-def _take(tensor: Tensor, row_map: RowMap) -> Tensor:
-    return tensor if row_map is None else tensor.index_select(0, row_map.to(tensor.device))

@@ -20,3 +20,8 @@ def select(maps: Sequence[RowMap], index: Tensor) -> list[RowMap]:
         if id(row_map) not in composed:
             composed[id(row_map)] = index if row_map is None else row_map[index]
     return [composed[id(row_map)] for row_map in maps]
+
+
+def take(tensor: Tensor, row_map: RowMap) -> Tensor:
+    """The rows of today out of a stored tensor; the tensor itself for the identity."""
+    return tensor if row_map is None else tensor.index_select(0, row_map.to(tensor.device))

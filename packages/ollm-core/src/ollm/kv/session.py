@@ -91,6 +91,23 @@ class KVSession:
         if free:
             self.store.release(sorted(free, key=lambda extent: (extent.layer, extent.start)))
 
+    def evict(self, layer: int, extents: Sequence[Extent]) -> None:
+        """Let a windowed store drop extents; their bytes are released once nobody reads them."""
+        keep = [extent for extent in self.store.extents(layer) if extent not in extents]
+        self.store.evict(layer, extents)
+        if list(self.store.extents(layer)) != keep:
+            raise StoreContractError(
+                f"KV store '{self.strategy}': after evict({layer}, …) of {len(extents)} extents, extents() lists "
+                f"{len(self.store.extents(layer))} instead of {len(keep)}."
+            )
+        for extent in extents:
+            self.residency.drop(extent)
+        with self._lock:
+            self._dropped.update(extents)
+        self.counters.evictions += 1
+        self.counters.evicted_tokens += sum(extent.tokens for extent in extents)
+        self.release_unread()
+
     @contextmanager
     def snapshot(self, extents: Sequence[Extent]) -> Iterator[Sequence[Extent]]:
         """Pin extents: until the end of the `with` block their bytes stay what they are, truncated or not."""

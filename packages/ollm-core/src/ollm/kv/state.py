@@ -17,6 +17,25 @@ class KVCounters:
     load_seconds: float = 0.0
     spills: int = 0
     """Flushes of a layer's tail."""
+    evictions: int = 0
+    """Times that a layer's extents left the window."""
+    evicted_tokens: int = 0
+    """Tokens in them, over all layers."""
+
+
+@attrs.frozen(kw_only=True)
+class PrefillProgress:
+    """How far a prefill is."""
+
+    tokens: int
+    """Of the prompt that is being read."""
+    layers_done: float
+    """With fractions."""
+    layers: int
+    saved_bytes: int
+    """Keys and values that the cache stored so far."""
+    seconds: float
+    eta_seconds: float
 
 
 @attrs.frozen(kw_only=True)
@@ -26,6 +45,10 @@ class CacheState:
     strategy: str
     spill_policy: str
     lifecycle: str
+    mode: str
+    """`block`: attention reads blocks, one at a time; `tensor`: it gets all of a layer's keys and values."""
+    mode_reason: str
+    """Why it is that mode."""
     lossless: bool
     directory: Path | None
     """This cache's private folder; `None` for strategies that never touch a disk."""

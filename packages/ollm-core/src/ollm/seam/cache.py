@@ -6,6 +6,9 @@ Give it to any `model.generate(past_key_values=cache)`. Made by `ollm.disk_cache
 from __future__ import annotations
 
 import logging
+import weakref
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from types import TracebackType
 from typing import Any, NoReturn, Self
 
@@ -20,7 +23,7 @@ from ollm.errors import (
 )
 from ollm.kv.history import LayerHistory
 from ollm.kv.session import KVSession
-from ollm.kv.state import CacheState, KVCounters
+from ollm.kv.state import CacheState, KVCounters, PrefillProgress
 from ollm.seam.geometry import STORED_LAYER_TYPE, layer_types
 from ollm.seam.layers import StoredLayer, stock_layer, why_not_croppable
 
@@ -34,12 +37,37 @@ class KVCache(Cache):
     tokens for every lossless strategy.
     """
 
-    def __init__(self, config: Any, session: KVSession, *, spill_policy: str, lossless: bool) -> None:
-        """For the decoder `config`; use `ollm.disk_cache` instead of calling this."""
+    def __init__(
+        self,
+        config: Any,
+        session: KVSession,
+        *,
+        spill_policy: str,
+        lossless: bool,
+        undo_blocks: Callable[[], None] | None = None,
+        mode_reason: str = "",
+    ) -> None:
+        """For the decoder `config`; use `ollm.disk_cache` instead of calling this.
+
+        Args:
+            config: of the decoder.
+            session: over an empty store.
+            spill_policy, lossless: for `state()`.
+            undo_blocks: for block mode: called when the cache is closed or dropped; `None` for tensor mode.
+            mode_reason: why the cache is in the mode that it is in.
+        """
+        self._undo_blocks = weakref.finalize(self, undo_blocks) if undo_blocks else None
+        self._mode_reason = mode_reason
+        self.piece_rows: int | None = None
+        """The longest piece of a prompt that a layer takes at once; `None` for all of it."""
+        self.progress: Callable[[PrefillProgress], None] | None = None
+        """Called after every piece of every layer of a prefill."""
         self._session = session
         self._spill_policy = spill_policy
         self._lossless = lossless
         self._closed = False
+        self.piece: tuple[int, int] | None = None
+        """While a layer takes a prompt in pieces: the tokens it has taken, and those of the whole prompt."""
         self._stored: dict[int, LayerHistory] = {}
         self._layer_types = layer_types(config)
         for index, (kind, _) in enumerate(self._layer_types):
@@ -88,7 +116,7 @@ class KVCache(Cache):
         if tokens_to_remove == 0 and not any(getattr(layer, "record_past", False) for layer in self.layers):
             return
         for index, layer in enumerate(self.layers):
-            reason = why_not_croppable(layer)
+            reason = why_not_croppable(layer, self.get_seq_length() + tokens_to_remove)
             if reason:
                 raise UnsupportedOperationError(
                     f"Cannot remove {-tokens_to_remove} tokens: in layer {index} {reason}. "
@@ -131,6 +159,8 @@ class KVCache(Cache):
             strategy=self._session.strategy,
             spill_policy=self._spill_policy,
             lifecycle="runtime-scoped",
+            mode="block" if self._undo_blocks else "tensor",
+            mode_reason=self._mode_reason,
             lossless=self._lossless,
             directory=storage.path if storage is not None else None,
             tokens=self.get_seq_length(),
@@ -146,10 +176,10 @@ class KVCache(Cache):
             save_seconds=self.counters.save_seconds,
             load_seconds=self.counters.load_seconds,
             spills=self.counters.spills,
-            evictions=stats.evictions,
-            evicted_tokens=stats.evicted_tokens,
+            evictions=self.counters.evictions,
+            evicted_tokens=self.counters.evicted_tokens,
             compactions=stats.compactions,
-            window_tokens=None,
+            window_tokens=self._session.store.window,
             cold_representation=stats.representation,
         )
 
@@ -157,6 +187,8 @@ class KVCache(Cache):
         """Free everything, on disk too. May be called twice; the cache cannot be used afterwards."""
         if not self._closed:
             self._closed = True
+            if self._undo_blocks is not None:
+                self._undo_blocks()
             self._session.close()
 
     def __enter__(self) -> Self:
@@ -175,9 +207,14 @@ class KVCache(Cache):
 
     def _new_layer(self, index: int) -> Any:
         if index in self._stored:
-            return StoredLayer(self._stored[index], croppable=self._lossless)
+            return StoredLayer(self._stored[index], croppable=self._lossless, blocks=self._undo_blocks is not None)
         kind, arguments = self._layer_types[index]
         return stock_layer(kind, arguments)
+
+    def held(self, layer_idx: int) -> AbstractContextManager[None]:
+        """Keep what a layer is given in memory until the end of the `with` block; see `LayerHistory.held`."""
+        history = self._stored.get(layer_idx)
+        return nullcontext() if history is None else history.held()
 
     def _check_open(self) -> None:
         if self._closed:
@@ -188,12 +225,13 @@ class KVCache(Cache):
         if layer_idx not in self._attention_layers:
             return
         first = self._attention_layers[0]
-        length = self.layers[layer_idx].get_seq_length()
+        done, total = self.piece or (0, new_tokens)
+        length = self.layers[layer_idx].get_seq_length() - done
         if layer_idx == first:
-            others = {self.layers[index].get_seq_length() for index in self._attention_layers}
+            others = {self.layers[index].get_seq_length() for index in self._attention_layers if index != first}
             whole = others <= {length, 0}
         else:
-            whole = self.layers[first].get_seq_length() == length + new_tokens
+            whole = self.layers[first].get_seq_length() == length + total
         if not whole:
             raise InterruptedForwardError(
                 "An earlier forward pass stopped half-way (an error, or Ctrl-C), so the layers of this cache hold "

@@ -30,6 +30,11 @@ def decoder_config(model: Any) -> Any:
     return config.get_text_config(decoder=True)
 
 
+def without_adapter(model: Any) -> Any:
+    """The model inside a PEFT model, or the model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
 def layer_types(config: Any) -> list[tuple[str, dict[str, Any]]]:
     """The cache layer type of every decoder layer, with the arguments of its stock class."""
     types, arguments = get_layer_types_and_kwargs(config)

@@ -26,20 +26,26 @@ class StoredLayer(CacheLayerMixin):
 
     is_sliding = False
 
-    def __init__(self, history: LayerHistory, *, croppable: bool) -> None:
+    def __init__(self, history: LayerHistory, *, croppable: bool, blocks: bool) -> None:
         super().__init__()
         self.history = history
         self.is_croppable = croppable
+        self._blocks = blocks
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
         self.is_initialized = True
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Add tokens; returns all keys and values so far, `[rows, kv_heads, tokens, size]`."""
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        """Add tokens; returns all keys and values so far: in block mode one `KVHandle` that stands for both, else
+        two tensors `[rows, kv_heads, tokens, size]`."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        full = self.history.gather(key_states, value_states)
+        if self._blocks:
+            handle = self.history.handle(key_states, value_states)
+            full: tuple[Any, Any] = (handle, handle)
+        else:
+            full = self.history.gather(key_states, value_states)
         self.history.append(key_states, value_states)
         return full
 
@@ -123,8 +129,10 @@ def stock_layer(kind: str, arguments: dict[str, Any]) -> Any:
     return _OWN_TAIL.get(stock, stock)(**arguments)
 
 
-def why_not_croppable(layer: Any) -> str | None:
-    """Why tokens cannot be removed from a layer, or `None` if they can."""
+def why_not_croppable(layer: Any, length: int) -> str | None:
+    """Why a layer cannot go back to its first `length` tokens, or `None` if it can."""
+    if isinstance(layer, StoredLayer):
+        return layer.history.why_not_crop(length)
     if isinstance(layer, LinearAttentionCacheLayerMixin):
         if not layer.record_past or any(layer.is_recurrent_states_initialized.values()):
             return "a recurrent state cannot be rolled back"

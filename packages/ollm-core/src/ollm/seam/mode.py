@@ -1,0 +1,121 @@
+"""Whether a model can attend block by block: decided by trying it, when a cache is made.
+
+The probe runs a few tokens through the model twice, with stock attention and cache and with blocks, and compares the
+logits. Whatever fails or differs, the model runs in tensor mode, which works everywhere. Nothing is decided by name.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import attrs
+import torch
+from transformers import Cache, DynamicCache
+
+from ollm.errors import BlockModeError
+from ollm.seam import attention
+from ollm.seam.cache import KVCache
+from ollm.seam.geometry import decoder_config
+from ollm.seam.prefill import LayerPieces
+
+PROBE_TOKENS = (7, 1)
+PROBE_ROWS = 3
+"""A prompt of 7 tokens in pieces of 3, then a single token."""
+_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}
+_COARSE = 5e-2
+
+_verdicts: weakref.WeakKeyDictionary[Any, dict[bool, str]] = weakref.WeakKeyDictionary()
+_switched: weakref.WeakKeyDictionary[Any, _Switched] = weakref.WeakKeyDictionary()
+
+
+@attrs.define
+class _Switched:
+    """What was done to a model, and for how many caches."""
+
+    before: str
+    pieces: LayerPieces
+    users: int = 0
+
+
+def why_not_blocks(model: Any, make_cache: Callable[[], KVCache], layers: Sequence[Any]) -> str:
+    """Why a model cannot attend block by block; empty if it can. Tried once per model.
+
+    Args:
+        model: on its device, in evaluation mode.
+        make_cache: an empty block-mode cache for it, in memory; it is given pieces of `PROBE_ROWS` tokens.
+        layers: if not empty, its decoder layers, which then must be able to take a prompt in pieces, too.
+    """
+    verdicts = _verdicts.setdefault(model, {})
+    if bool(layers) not in verdicts:
+        verdicts[bool(layers)] = _probe(model, make_cache, layers)
+    return verdicts[bool(layers)]
+
+
+def switch_on(model: Any, layers: Sequence[Any]) -> None:
+    """Let the text model attend block by block, and its decoder layers take prompts in pieces.
+
+    Counted: every call must be undone by one of `switch_off`. What a model in this state gets from other caches than
+    ours is the same as before.
+
+    Raises:
+        BlockModeError: when the model's attention cannot be exchanged.
+    """
+    if model not in _switched:
+        attention.register()
+        before = decoder_config(model)._attn_implementation
+        _set_attention(model, attention.NAME)
+        if decoder_config(model)._attn_implementation != attention.NAME:
+            raise BlockModeError("its attention cannot be exchanged")
+        _switched[model] = _Switched(before, LayerPieces(layers))
+    _switched[model].users += 1
+
+
+def switch_off(model: Any) -> None:
+    """Undo one `switch_on`; with the last one the model is as it was before."""
+    state = _switched[model]
+    state.users -= 1
+    if not state.users:
+        del _switched[model]
+        state.pieces.remove()
+        _set_attention(model, state.before)
+
+
+def _set_attention(model: Any, name: str) -> None:
+    """For the text model only: vision and audio towers keep theirs."""
+    text = decoder_config(model)
+    keys = [key for key in model.config.sub_configs if getattr(model.config, key, None) is text]
+    model.set_attn_implementation({keys[0]: name} if keys else name)
+
+
+def _probe(model: Any, make_cache: Callable[[], KVCache], layers: Sequence[Any]) -> str:
+    try:
+        with torch.inference_mode():
+            truth = _run(model, DynamicCache(config=decoder_config(model)))
+            switch_on(model, layers)
+            try:
+                with make_cache() as cache:
+                    cache.piece_rows = PROBE_ROWS
+                    blocks = _run(model, cache)
+            finally:
+                switch_off(model)
+    except BlockModeError as error:
+        return str(error)
+    except Exception as error:  # third-party modelling code may fail in any way; the reason is kept and shown
+        return f"{type(error).__name__}: {error}"
+    scale, difference = truth.abs().max(), (truth - blocks).abs().max()
+    if not difference <= _TOLERANCE.get(model.dtype, _COARSE) * scale:
+        return f"its logits differ by {difference:.2g} of {scale:.2g}"
+    return ""
+
+
+def _run(model: Any, cache: Cache) -> torch.Tensor:
+    """The logits of a few tokens, in two forwards, in fp32 or better."""
+    logits, at = [], 3
+    for count in PROBE_TOKENS:
+        ids = torch.arange(at, at + count, device=model.device)[None] % decoder_config(model).vocab_size
+        output = model(input_ids=ids, past_key_values=cache, use_cache=True).logits
+        logits.append(output.to(torch.promote_types(output.dtype, torch.float32)))
+        at += count
+    return torch.cat(logits, dim=1)

@@ -1,0 +1,128 @@
+"""Bounded prefill, layer by layer: each decoder layer takes a long prompt in pieces, before the next layer starts.
+
+Activations are then those of one piece, every weight is visited once, and what a layer has just stored is not read
+back. Nothing of the modelling code is changed: the `forward` of each layer object is wrapped, and unwrapped again.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import attrs
+import torch
+from torch import Tensor, nn
+
+from ollm.attention.masks import TileMask
+from ollm.kv.state import PrefillProgress
+from ollm.seam.cache import KVCache
+
+
+class LayerPieces:
+    """Wraps the decoder layers of one model; `remove` undoes it. Forwards without a `KVCache` pass through."""
+
+    def __init__(self, layers: Sequence[nn.Module]) -> None:
+        """Wrap the decoder layers, in order."""
+        self._layers = layers
+        self._began = 0.0
+        self._originals = [vars(layer).get("forward") for layer in layers]
+        self._wrappers = [self._wrap(index, layer.forward) for index, layer in enumerate(layers)]
+        for layer, wrapper in zip(layers, self._wrappers, strict=True):
+            layer.forward = wrapper
+
+    def remove(self) -> None:
+        """Give every layer its own `forward` back, unless somebody wrapped it again."""
+        for layer, original, wrapper in zip(self._layers, self._originals, self._wrappers, strict=True):
+            if vars(layer).get("forward") is not wrapper:
+                continue
+            if original is None:
+                del layer.forward
+            else:
+                layer.forward = original
+
+    def _wrap(self, index: int, forward: Callable[..., Any]) -> Callable[..., Any]:
+        def in_pieces(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+            tokens = hidden_states.shape[1]
+            cache = next((value for value in (*args, *kwargs.values()) if isinstance(value, KVCache)), None)
+            if index == 0:
+                self._began = time.perf_counter()
+            if cache is None or tokens == 1:
+                return forward(hidden_states, *args, **kwargs)
+            rows = cache.piece_rows or tokens
+            outputs = []
+            try:
+                with cache.held(index):
+                    for low in range(0, tokens, rows):
+                        high = min(low + rows, tokens)
+                        cache.piece = (low, tokens)
+                        piece = _Slice(low, high, tokens) if rows < tokens else _whole
+                        outputs.append(forward(*piece((hidden_states, *args)), **piece(kwargs)))
+                        self._report(index, high, tokens, cache)
+            finally:
+                cache.piece = None
+            return _join(outputs)
+
+        return in_pieces
+
+    def _report(self, index: int, done: int, tokens: int, cache: KVCache) -> None:
+        if cache.progress is None:
+            return
+        layers_done, seconds = index + done / tokens, time.perf_counter() - self._began
+        cache.progress(
+            PrefillProgress(
+                tokens=tokens,
+                layers_done=layers_done,
+                layers=len(self._layers),
+                saved_bytes=cache.counters.saved_bytes,
+                seconds=seconds,
+                eta_seconds=seconds / layers_done * (len(self._layers) - layers_done),
+            )
+        )
+
+
+def _whole(value: Any) -> Any:
+    return value
+
+
+@attrs.frozen
+class _Slice:
+    """Cuts the tokens `low … high - 1` out of everything that is as long as the prompt in its second dimension."""
+
+    low: int
+    high: int
+    tokens: int
+
+    def __call__(self, value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return value[:, self.low : self.high] if value.dim() > 1 and value.shape[1] == self.tokens else value
+        if isinstance(value, TileMask):
+            return value.queries_between(self.low, self.high)
+        if isinstance(value, tuple):
+            return tuple(map(self, value))
+        if isinstance(value, dict):
+            return {name: self(item) for name, item in value.items()}
+        return value
+
+
+def _join(outputs: list[Any]) -> Any:
+    """The output of all pieces as that of one forward."""
+    first = outputs[0]
+    if len(outputs) == 1:
+        return first
+    if isinstance(first, Tensor):
+        return torch.cat(outputs, dim=1)
+    if isinstance(first, tuple):
+        return tuple(_join([output[index] for output in outputs]) for index in range(len(first)))
+    return first
+
+
+def piece_rows(config: Any, itemsize: int, free_bytes: int) -> int:
+    """How many tokens of a prompt a layer takes at once, so that its activations take a sixteenth of what is free.
+
+    A multiple of the attention's tile where there is memory for that: its kernel then sees whole diagonals.
+    """
+    hidden = config.hidden_size
+    per_token = (8 * hidden + 3 * (getattr(config, "intermediate_size", None) or 4 * hidden)) * itemsize
+    rows = free_bytes // 16 // per_token
+    return max(256, min(4096, 1 << max(rows.bit_length() - 1, 0)))

@@ -1,0 +1,57 @@
+"""Every causal architecture that transformers has, as a tiny random model made from its config class alone.
+
+The settings are generic: each config takes those that it knows. Architectures that cannot be made so small or so
+generically are left out; `SKIPPED` says why.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+SIZES = {
+    "vocab_size": 101, "max_position_embeddings": 512, "n_positions": 512, "initializer_range": 0.3,
+    "hidden_size": 32, "n_embd": 32, "d_model": 32, "word_embed_proj_dim": 32, "rotary_dim": 8,
+    "intermediate_size": 48, "n_inner": 48, "ffn_dim": 48, "decoder_ffn_dim": 48,
+    "num_hidden_layers": 2, "n_layer": 2, "n_layers": 2, "decoder_layers": 2,
+    "num_attention_heads": 4, "n_head": 4, "n_heads": 4, "decoder_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 8, "sliding_window": 12, "query_pre_attn_scalar": 8,
+    "num_local_experts": 4, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16,
+    "n_routed_experts": 4, "n_shared_experts": 1, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1,
+    "shared_expert_intermediate_size": 16, "kv_lora_rank": 16, "q_lora_rank": 16, "v_head_dim": 8,
+    "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "hidden_act": "silu", "attention_dropout": 0.0,
+    "bos_token_id": 1, "eos_token_id": None, "pad_token_id": 0, "tie_word_embeddings": False,
+}  # fmt: skip
+MLA = {"head_dim": 8, "num_key_value_heads": 4}
+"""Latent attention: every head has keys of its own, and `head_dim` is that of the rotary part."""
+OVERRIDES: dict[str, dict[str, Any]] = dict.fromkeys(
+    ("deepseek_v2", "deepseek_v3", "glm4_moe_lite", "longcat_flash", "minicpm3", "youtu"), MLA
+)
+
+TESTED = (
+    "apertus", "arcee", "bart", "biogpt", "bloom", "codegen", "cohere", "cohere2", "deepseek_v3", "diffllama",
+    "ernie4_5", "exaone4", "gemma", "gemma2", "gemma3_text", "glm", "glm4", "gpt2", "gpt_bigcode", "gpt_neox",
+    "gpt_oss", "granite", "granitemoe", "helium", "jetmoe", "llama", "minimax_m2", "ministral",
+    "mistral", "mixtral", "nemotron", "olmo", "olmo2", "olmo3", "olmoe", "opt", "persimmon", "phi", "phi3", "qwen2",
+    "qwen2_moe", "qwen3", "qwen3_moe", "qwen3_next", "seed_oss", "smollm3", "stablelm", "starcoder2", "xglm",
+)  # fmt: skip
+"""What the test suite runs; `make survey` runs all that can be made."""
+
+
+def make(model_type: str) -> Any:
+    """A tiny model of one type, in fp32, always the same one."""
+    config_class = CONFIG_MAPPING[model_type]
+    default = config_class()
+    settings = {name: value for name, value in SIZES.items() if hasattr(default, name)}
+    settings.update(OVERRIDES.get(model_type, {}))
+    kinds = getattr(default, "layer_types", None)
+    if kinds is not None:  # at least one layer of every kind
+        distinct = list(dict.fromkeys(kinds))
+        settings["layer_types"] = (distinct * 2)[: max(2, len(distinct))]
+        settings["num_hidden_layers"] = len(settings["layer_types"])
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config_class(**settings), dtype=torch.float32).eval()
+    model.generation_config.eos_token_id = None
+    return model
