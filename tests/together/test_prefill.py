@@ -64,6 +64,30 @@ def test_what_a_layer_has_just_stored_is_not_read_back(model, tmp_path):
         assert cache.counters.loaded_bytes == saved
 
 
+def test_a_prompt_that_stops_between_two_pieces_leaves_its_layer_as_it_was(tmp_path):
+    """With a single attention layer there is no other one whose length could give the accident away."""
+    model = make("llama")
+    del model.model.layers[1:]
+    model.config.num_hidden_layers = 1
+    ids = tokens(1, 30) % 98 + 3
+    with cache_for(model, tmp_path, dense_projection_chunk_rows=8) as cache:
+        model(ids, past_key_values=cache)
+        passes = iter([None, None])
+
+        def stop(*_):
+            if next(passes, "stop") == "stop":
+                raise KeyboardInterrupt
+
+        hook = model.model.layers[0].mlp.register_forward_pre_hook(stop)
+        with pytest.raises(KeyboardInterrupt):
+            model(ids, past_key_values=cache)
+        hook.remove()
+        assert cache.get_seq_length() == 30
+        stock = stock_cache(model)
+        model(ids, past_key_values=stock)
+        assert_close(model(ids, past_key_values=cache).logits, model(ids, past_key_values=stock).logits)
+
+
 def test_nothing_of_it_is_left_on_the_model(model, tmp_path):
     layers = list(model.model.layers)
     before = [dict(vars(layer)) for layer in layers]

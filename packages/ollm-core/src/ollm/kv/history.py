@@ -113,11 +113,16 @@ class LayerHistory:
     @contextmanager
     def held(self) -> Iterator[None]:
         """Until the end of the `with` block, what is appended stays in memory too, so that it is not read back: for a
-        layer that takes a prompt in several pieces, one after the other."""
-        self._held = self._past()
+        layer that takes a prompt in several pieces, one after the other. After an error the history is what it was,
+        but for what has left a window meanwhile."""
+        before, self._held = self.tokens, self._past()
         with self._session.snapshot(self._held.extents):
             try:
                 yield
+            except BaseException:
+                if self.why_not_crop(before) is None:
+                    self.crop(before)
+                raise
             finally:
                 self._held = None
 

@@ -57,6 +57,8 @@ class KVCache(Cache):
             mode_reason: why the cache is in the mode that it is in.
         """
         self._undo_blocks = weakref.finalize(self, undo_blocks) if undo_blocks else None
+        if self._undo_blocks is not None:
+            self._undo_blocks.atexit = False  # at exit the model goes as well
         self._mode_reason = mode_reason
         self.piece_rows: int | None = None
         """The longest piece of a prompt that a layer takes at once; `None` for all of it."""

@@ -47,7 +47,7 @@ def kv_geometry(config: Any, dtype: torch.dtype) -> KVGeometry:
     """Expected shapes of the stored layers, for planning. What a model really appends decides."""
     query_heads = getattr(config, "num_attention_heads", None) or 1  # models without attention have none
     heads = getattr(config, "num_key_value_heads", None) or query_heads
-    key_size = getattr(config, "head_dim", None) or config.hidden_size // query_heads
+    key_size = getattr(config, "head_dim", None) or getattr(config, "hidden_size", 0) // query_heads
     value_size = getattr(config, "v_head_dim", None) or key_size
     return KVGeometry(
         tuple(

@@ -91,7 +91,7 @@ def _set_attention(model: Any, name: str) -> None:
 
 def _probe(model: Any, make_cache: Callable[[], KVCache], layers: Sequence[Any]) -> str:
     try:
-        with torch.inference_mode():
+        with torch.no_grad():  # not inference_mode: a model may keep what it computes, such as rotary tables
             truth = _run(model, DynamicCache(config=decoder_config(model)))
             switch_on(model, layers)
             try:

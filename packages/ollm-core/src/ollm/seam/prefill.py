@@ -117,12 +117,15 @@ def _join(outputs: list[Any]) -> Any:
     return first
 
 
+_USUAL_HIDDEN_SIZE = 4096
+
+
 def piece_rows(config: Any, itemsize: int, free_bytes: int) -> int:
     """How many tokens of a prompt a layer takes at once, so that its activations take a sixteenth of what is free.
 
     A multiple of the attention's tile where there is memory for that: its kernel then sees whole diagonals.
     """
-    hidden = config.hidden_size
+    hidden = getattr(config, "hidden_size", None) or _USUAL_HIDDEN_SIZE
     per_token = (8 * hidden + 3 * (getattr(config, "intermediate_size", None) or 4 * hidden)) * itemsize
     rows = free_bytes // 16 // per_token
     return max(256, min(4096, 1 << max(rows.bit_length() - 1, 0)))
