@@ -103,15 +103,39 @@ def test_training_with_dropout_is_refused(model, tmp_path):
         layer.attention_dropout = 0.5
         model.train()
         try:
-            with pytest.raises(BlockModeError, match=r"no dropout: call model\.eval"):
+            with pytest.raises(BlockModeError, match=r"no dropout and no gradients: call model\.eval"):
                 model(tokens(1, 5), past_key_values=cache)
         finally:
             layer.attention_dropout = 0.0
             model.eval()
 
 
+def test_gradients_are_refused_not_lost(tmp_path):
+    with torch.inference_mode(False), torch.enable_grad():
+        model = make_model("llama").train()  # made here, for inference tensors have no gradients at all
+        with cache_for(model, tmp_path, mode="auto") as cache:
+            assert cache.state().mode == "block"
+            with pytest.raises(BlockModeError, match="no gradients"):
+                model(tokens(1, 5), use_cache=False)
+        model(tokens(1, 5), use_cache=False).logits.sum().backward()
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_without_a_mask_the_newest_query_belongs_to_the_newest_key(causal):
+    """For attention that is called with no mask at all, over a past."""
+    module = torch.nn.Module()
+    module.is_causal = causal
+    query, keys, values = (torch.randn(1, 2, count, 8) for count in (3, 10, 10))
+    position = torch.arange(7, 10)[:, None]
+    seen = torch.arange(10) <= position if causal else torch.ones(3, 10, dtype=torch.bool)
+    truth = torch.nn.functional.scaled_dot_product_attention(query, keys, values, attn_mask=seen)
+    ours, _ = attention.block_attention(module, query, keys, values, None)
+    assert_close(ours.transpose(1, 2), truth)
+
+
 @pytest.mark.parametrize("kind", ["bool", "float"])
-def test_a_four_dimensional_mask_equals_stock(model, tmp_path, kind):
+@pytest.mark.parametrize("rows", [4096, 5])
+def test_a_four_dimensional_mask_equals_stock(model, tmp_path, kind, rows):
     """As given by callers who make their own: here a prefix that every query sees."""
     ids = tokens(2, 12)
     visible = torch.ones(12, 12, dtype=torch.bool).tril()
@@ -120,7 +144,7 @@ def test_a_four_dimensional_mask_equals_stock(model, tmp_path, kind):
     if kind == "float":
         mask = torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min)
     truth = model(ids, attention_mask=mask, past_key_values=stock_cache(model)).logits
-    with cache_for(model, tmp_path) as cache:
+    with cache_for(model, tmp_path, dense_projection_chunk_rows=rows) as cache:
         assert_close(model(ids, attention_mask=mask, past_key_values=cache).logits, truth)
 
 

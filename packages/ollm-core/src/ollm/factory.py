@@ -83,7 +83,9 @@ def disk_cache(
     assert facts is not None  # the registry refuses KV stores without
     settings = names.options(offer, {} if options is None else options)
     if dense_projection_chunk_rows is not None and (
-        not isinstance(dense_projection_chunk_rows, int) or dense_projection_chunk_rows < 1
+        not isinstance(dense_projection_chunk_rows, int)
+        or isinstance(dense_projection_chunk_rows, bool)
+        or dense_projection_chunk_rows < 1
     ):
         raise ConfigurationError(f"dense_projection_chunk_rows={dense_projection_chunk_rows!r}: give 1 or more tokens.")
     if mode not in MODES:

@@ -83,8 +83,10 @@ def block_attention(
     **_: Any,
 ) -> tuple[Tensor, None]:
     """Attention output `[rows, queries, heads, size]`; arguments as transformers' attention functions take them."""
-    if dropout:
-        raise BlockModeError("Blockwise attention has no dropout: call model.eval().")
+    if dropout or (module.training and query.requires_grad):
+        raise BlockModeError(
+            "Blockwise attention has no dropout and no gradients: call model.eval() or close the cache."
+        )
     keys = key.tokens if isinstance(key, KVHandle) else key.shape[2]
     mask, bias = _as_tile_mask(module, query, keys, attention_mask, is_causal)
     if isinstance(key, KVHandle) and key.window is not None:
@@ -119,8 +121,9 @@ def _as_tile_mask(
     function: MaskFunction | None = None if causal else _everything
     if mask is not None and mask.dtype == torch.bool:
         function = _looked_up(mask)
+    # without a mask, the newest query belongs to the newest key; rows of a mask tensor count from 0
     tiles = TileMask(
-        rows=rows, queries=queries, query_offset=0,
+        rows=rows, queries=queries, query_offset=keys - queries if causal else 0,
         keys=keys, key_offset=0, function=function, padding=None, device=query.device,
     )  # fmt: skip
     return tiles, mask if mask is not None and mask.dtype != torch.bool else None

@@ -20,9 +20,9 @@ from ollm.seam.cache import KVCache
 from ollm.seam.geometry import decoder_config
 from ollm.seam.prefill import LayerPieces
 
-PROBE_TOKENS = (7, 1)
+PROBE_TOKENS = (7, 4, 1)
 PROBE_ROWS = 3
-"""A prompt of 7 tokens in pieces of 3, then a single token."""
+"""A prompt of 7 tokens and a continuation of 4, in pieces of 3, then a single token."""
 _TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}
 _COARSE = 5e-2
 
@@ -111,7 +111,7 @@ def _probe(model: Any, make_cache: Callable[[], KVCache], layers: Sequence[Any])
 
 
 def _run(model: Any, cache: Cache) -> torch.Tensor:
-    """The logits of a few tokens, in two forwards, in fp32 or better."""
+    """The logits of a few tokens, in a few forwards, in fp32 or better."""
     logits, at = [], 3
     for count in PROBE_TOKENS:
         ids = torch.arange(at, at + count, device=model.device)[None] % decoder_config(model).vocab_size

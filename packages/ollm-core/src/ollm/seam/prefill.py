@@ -49,7 +49,9 @@ class LayerPieces:
                 self._began = time.perf_counter()
             if cache is None or tokens == 1:
                 return forward(hidden_states, *args, **kwargs)
-            rows = cache.piece_rows or tokens
+            # a mask tensor of queries times keys has no second dimension of tokens, and exists as a whole anyway
+            has_mask_tensor = any(isinstance(value, Tensor) and value.dim() == 4 for value in (*args, *kwargs.values()))
+            rows = tokens if has_mask_tensor else cache.piece_rows or tokens
             outputs = []
             try:
                 with cache.held(index):
