@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -19,23 +20,33 @@ Fault = Callable[[str, tuple[Any, ...]], Any]
 OPERATIONS = sorted(name for name in vars(Disk) if not name.startswith("_"))
 
 _MOVES_DATA = {"pread_into", "pwrite"}
+_BLOCK = 4096
 _disk = Disk()
 
 
 class FaultyDisk(Disk):
-    """Counts the operations, from 0, and lets the one numbered `at` go wrong (with `lasting`, all from there on)."""
+    """Counts the operations, from 0, and lets the one numbered `at` go wrong (with `lasting`, all from there on).
 
-    def __init__(self, fault: Fault | None = None, at: int = 0, *, lasting: bool = False) -> None:
+    With `only`, those of these names count, and only those can go wrong. Several threads may use it at once.
+    """
+
+    def __init__(
+        self, fault: Fault | None = None, at: int = 0, *, lasting: bool = False, only: frozenset[str] | None = None
+    ) -> None:
         self.operations: list[str] = []
-        self._fault, self._at, self._lasting = fault, at, lasting
+        self._fault, self._at, self._lasting, self._only = fault, at, lasting, only
+        self._lock = threading.Lock()
 
     def heal(self) -> None:
         """From now on everything works."""
         self._fault = None
 
     def _operate(self, name: str, *arguments: Any) -> Any:
-        index = len(self.operations)
-        self.operations.append(name)
+        if self._only is not None and name not in self._only:
+            return getattr(_disk, name)(*arguments)
+        with self._lock:
+            index = len(self.operations)
+            self.operations.append(name)
         if self._fault and (index == self._at or (self._lasting and index > self._at)):
             return self._fault(name, arguments)
         return getattr(_disk, name)(*arguments)
@@ -75,12 +86,12 @@ def tears(code: int) -> Fault:
 
 
 def shortens(name: str, arguments: tuple[Any, ...]) -> Any:
-    """A write or read moves half of the first buffer and says so. Everything else works."""
+    """A write or read moves half of the buffer and says so. Everything else works."""
     if name in _MOVES_DATA:
         fd, data, offset = arguments
-        first = data if isinstance(data, memoryview) else data[0]
-        half = first[: max(len(first) // 2, 1)]
-        arguments = (fd, half if data is first else [half], offset)
+        # what is unbuffered moves whole blocks
+        half = len(data) // 2 if len(data) < 2 * _BLOCK else len(data) // 2 // _BLOCK * _BLOCK
+        arguments = (fd, data[: max(half, 1)], offset)
     return getattr(_disk, name)(*arguments)
 
 

@@ -11,9 +11,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
+
 from ollm.contracts.kv import Extent
+from ollm.io.buffers import aligned_buffer
 from ollm.storage.folder import RunFolder
 from ollm.storage.options import StorageOptions
+from ollm.storage.records import record_span
 from ollm.storage.segments import SegmentedStorage
 
 DIRECTORY = "kv_cache_test"
@@ -25,16 +29,32 @@ def open_storage(cache_dir: Path, **options: object) -> SegmentedStorage:
     return SegmentedStorage(RunFolder.create(cache_dir, DIRECTORY), strategy="test", options=StorageOptions(**settings))
 
 
-def put(storage: SegmentedStorage, payload: bytes, *, segment: int = 0, layer: int = 0, start: int = 0) -> Extent:
-    """Write one record of one token."""
-    return storage.write(
-        [memoryview(payload)], segment=segment, layer=layer, start=start, tokens=1, rows=1, dtype="opaque"
+def put(
+    storage: SegmentedStorage, payload: bytes, *, segment: int = 0, layer: int = 0, start: int = 0, flush: bool = True
+) -> Extent:
+    """Write one record of one token and, unless told otherwise, wait until it is on the disk."""
+    extent = storage.write(
+        [as_tensor(payload)], segment=segment, layer=layer, start=start, tokens=1, rows=1, dtype="opaque"
     )
+    if flush:
+        storage.flush()
+    return extent
+
+
+def as_tensor(payload: bytes) -> torch.Tensor:
+    """Bytes as what stores hand over."""
+    return torch.tensor(list(payload), dtype=torch.uint8)
+
+
+def read_raw(storage: SegmentedStorage, *extents: Extent) -> list[torch.Tensor]:
+    """The payloads of adjacent extents, in a buffer of their own."""
+    begin, end = record_span(extents[0])[0], record_span(extents[-1])[1]
+    return storage.read(extents, aligned_buffer(end - begin))
 
 
 def get(storage: SegmentedStorage, extent: Extent) -> bytes:
     """Read a record's payload."""
-    return storage.read(extent).numpy().tobytes()
+    return read_raw(storage, extent)[0].numpy().tobytes()
 
 
 def tree(folder: Path) -> list[str]:

@@ -16,7 +16,7 @@ from core.faults import FAULTS, OPERATIONS, Fault, FaultyDisk, fails
 from core.storage_fixtures import DIRECTORY, get, in_child, open_storage, put, tree
 from ollm.contracts.kv import Extent
 from ollm.errors import DiskFullError, OllmError, StorageError
-from ollm.storage import shim
+from ollm.storage import datafile, shim
 from ollm.storage.segments import SegmentedStorage
 from ollm.storage.shim import Disk
 
@@ -51,7 +51,7 @@ def use(storage: SegmentedStorage, errors: list[BaseException]) -> None:
     model: dict[Extent, bytes] = {}
 
     def write(payload: bytes, segment: int) -> None:
-        extent = attempt(lambda: put(storage, payload, segment=segment, start=len(model)), errors)
+        extent = attempt(lambda: put(storage, payload, segment=segment, start=len(model), flush=False), errors)
         assert extent not in model
         model[extent] = payload
 
@@ -79,18 +79,26 @@ def open_files() -> set[str]:
     return set(links)
 
 
+@pytest.fixture(params=[True, False], ids=["unbuffered", "buffered"])
+def unbuffered(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """As the file system is said to be, without asking it."""
+    mounts = {os.stat(tmp_path).st_dev: request.param}
+    monkeypatch.setattr(datafile, "_unbuffered_mounts", mounts)
+    return request.param
+
+
 def test_the_scenario_uses_every_operation_that_a_session_needs(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, unbuffered: bool
 ) -> None:
     disk = FaultyDisk()
     scenario(tmp_path, disk, [], monkeypatch)
-    assert set(OPERATIONS) == set(disk.operations)
+    assert set(OPERATIONS) - set(disk.operations) == ({"forget_cached"} if unbuffered else set()) | {"make_buffered"}
     assert tree(tmp_path) == []
 
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_one_fault_anywhere_costs_no_byte_and_leaves_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str, unbuffered: bool
 ) -> None:
     sound = FaultyDisk()
     before_close = scenario(tmp_path, sound, [], monkeypatch)

@@ -7,6 +7,7 @@ import torch
 
 from core.storage_fixtures import open_storage
 from ollm.builtin.chunked import ChunkedStore
+from ollm.builtin.resident import ResidentStore
 from ollm.contracts.kv import KVBlock
 from ollm.contracts.spill import SpillPlan
 from ollm.errors import StoreContractError
@@ -29,9 +30,13 @@ class Stubborn(ChunkedStore):
         """Drops nothing."""
 
 
-class ShortReading(ChunkedStore):
+class ShortReading(ResidentStore):
     def read(self, extent):
         return super().read(extent)[:-4]
+
+
+class ShortReadingElsewhere(ShortReading):
+    in_memory = False
 
 
 class WrongDtype(ChunkedStore):
@@ -53,13 +58,15 @@ class Swapping(ChunkedStore):
         (Halving, r"after append\(\) of 10 tokens at 0 to layer 0, extents\(\) lists Extent\(.*tokens=5"),
         (Stubborn, r"after truncate\(0, 0\), extents\(\) lists 1 extents instead of 0"),
         (ShortReading, r"read\(\) of Extent\(.*gave \d+ elements"),
+        (ShortReadingElsewhere, r"read\(\) of Extent\(.*gave \d+ elements"),
         (WrongDtype, r"decode\(\) of Extent\(.*gave keys .*float64, expected .*float32"),
         (Swapping, r"decode\(\) of Extent\(.*gave keys \(2, 2, 10, 3\).*expected \(2, 2, 10, 4\)"),
     ],
 )
 def test_a_store_that_breaks_the_contract_is_caught(tmp_path, store_type, message):
     plan = SpillPlan(flush_tokens=5, flush_bytes=2**30)
-    session = KVSession(store_type(open_storage(tmp_path)), plan, strategy="test", layers=1, keep_resident=True)
+    store = store_type(open_storage(tmp_path)) if issubclass(store_type, ChunkedStore) else store_type()
+    session = KVSession(store, plan, strategy="test", layers=[0])
     layer = LayerHistory(0, session)
     keys, values = torch.ones(2, 2, 10, 4), torch.ones(2, 2, 10, 3)
     with pytest.raises(StoreContractError, match=f"KV store 'test': {message}"):

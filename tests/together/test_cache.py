@@ -17,7 +17,7 @@ from ollm.errors import (
     InterruptedForwardError,
     UnsupportedOperationError,
 )
-from ollm.storage.records import ALIGNMENT
+from ollm.io.buffers import ALIGNMENT
 from together.comparison import assert_same, cache_for, generate, stock_cache, tokens
 from together.tiny_models import FAMILIES, SLIDING_WINDOW, make_model
 

@@ -50,6 +50,10 @@ class CacheError(OllmError):
     """Base class of errors of a KV cache at work."""
 
 
+class MemoryLimitError(CacheError, MemoryError):
+    """So much memory is not free; the message says what it was for, how much it takes and how much there is."""
+
+
 class CacheDirectoryError(CacheError):
     """The cache directory cannot be used: not writable, not ours, or not safe (links, foreign owners, modes)."""
 

@@ -19,7 +19,7 @@ from ollm.contracts.strategy import BuildContext, KVBuildContext, KVFacts
 from ollm.errors import ConfigurationError, OllmError, PluginError
 from ollm.kv.session import KVSession
 from ollm.kv.state import PrefillProgress
-from ollm.memory import measure_memory
+from ollm.memory import ledger
 from ollm.registry import Kind, Offer, registry
 from ollm.seam.cache import KVCache
 from ollm.seam.geometry import decoder_config, kv_geometry, without_adapter
@@ -97,7 +97,7 @@ def disk_cache(
     policy = names.get(Kind.SPILL_POLICY, spill_policy or facts.spill_policy)
     parameter = next(model.parameters())
     geometry = kv_geometry(config, parameter.dtype)
-    memory = measure_memory(parameter.device)
+    memory = ledger.measure(parameter.device)
     plan = _plan(policy, geometry, memory, budget)
     rows = dense_projection_chunk_rows or piece_rows(config, parameter.dtype.itemsize, memory.device_free)
 
@@ -106,7 +106,13 @@ def disk_cache(
             raise PluginError(f"KV store '{name}' asks for storage, but its facts name no `directory`.")
         shared = settings if isinstance(settings, StorageOptions) else None
         folder = RunFolder.create(directory, facts.directory)
-        return SegmentedStorage(folder, strategy=name, options=shared, parameters=cattrs.unstructure(settings))
+        return SegmentedStorage(
+            folder,
+            strategy=name,
+            options=shared,
+            parameters=cattrs.unstructure(settings),
+            pinned=parameter.device.type == "cuda",
+        )
 
     layers, reason = _choose_mode(model, config, mode)
     if layers is None and not facts.full_history:
@@ -124,13 +130,18 @@ def disk_cache(
         raise PluginError(
             f"KV store '{name}' has window={store.window!r}, cache_window_tokens={cache_window_tokens!r}."
         )
-    session = KVSession(
-        store,
-        plan,
-        strategy=name,
-        layers=len(geometry.layers),
-        keep_resident=facts.lossless and facts.directory is not None,
-    )
+    try:
+        session = KVSession(
+            store,
+            plan,
+            strategy=name,
+            layers=[layer.layer for layer in geometry.layers],
+            lossless=facts.lossless,
+            device=parameter.device,
+        )
+    except BaseException:
+        store.close()
+        raise
     try:
         return _make_cache(model, config, session, layers, spill_policy=names.name_of(policy), lossless=facts.lossless,
             mode_reason=reason, piece_rows=rows, progress=progress)  # fmt: skip
@@ -175,7 +186,7 @@ def _choose_mode(model: nn.Module, config: Any, mode: str) -> tuple[Sequence[nn.
         )
         plan = SpillPlan(flush_tokens=2, flush_bytes=2**20)
         store = names.build(offer, context, KVStore)
-        session = KVSession(store, plan, strategy="trial", layers=1, keep_resident=False)
+        session = KVSession(store, plan, strategy="trial", layers=())
         return KVCache(config, session, spill_policy="trial", lossless=True, undo_blocks=lambda: None)
 
     layers = _decoder_layers(model)
@@ -265,7 +276,9 @@ def _plan(policy: Offer, geometry: KVGeometry, memory: MemorySnapshot, budget: i
     settings = names.options(policy, {})
     built: SpillPolicy = names.build(policy, BuildContext(settings), SpillPolicy)
     plan = built.plan(geometry, memory, budget)
-    if not isinstance(plan, SpillPlan) or (budget is not None and plan.resident_bytes > budget):
+    if not isinstance(plan, SpillPlan) or (
+        budget is not None and plan.resident_bytes + plan.resident_bytes_device > budget
+    ):
         raise PluginError(
             f"Spill policy '{names.name_of(policy)}' answered {plan!r}: it must be a SpillPlan within the budget of "
             f"{budget} bytes."

@@ -1,13 +1,22 @@
-"""How much memory there is and how much is free, on the host (cgroup limits included) and on the device."""
+"""How much memory there is, how much is free, and who of ours has claimed what: on the host (cgroup limits included)
+and on the device.
+
+One ledger serves the whole process, so that several caches, and whatever else takes much memory, plan with what the
+others have left.
+"""
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 
+import attrs
 import psutil
 import torch
 
 from ollm.contracts.spill import MemorySnapshot
+from ollm.errors import MemoryLimitError
+from ollm.units import format_size
 
 _CGROUP_ROOT = Path("/sys/fs/cgroup")
 _OWN_GROUPS = Path("/proc/self/cgroup")
@@ -16,6 +25,84 @@ _LAYOUTS = (
     ("memory", "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
     ("", "", "memory.max", "memory.current", "inactive_file"),
 )
+
+
+_HEADROOM = 64 * 2**20
+"""Free memory that no claim takes: for what is too small or too short-lived to be claimed."""
+
+
+@attrs.define(eq=False)
+class Claim:
+    """Memory that somebody of ours may fill. Drawn from the ledger; `release` gives it back."""
+
+    purpose: str
+    nbytes: int
+    """What may be filled."""
+    device: str
+    """`cpu` or `cuda`."""
+    used: int = 0
+    """What is filled so far, and therefore no longer measured as free. Kept by the owner."""
+    ledger: MemoryLedger | None = None
+
+    def release(self) -> None:
+        """Nothing of it is used any more. May be called twice."""
+        if self.ledger is not None:
+            self.ledger.drop(self)
+            self.ledger = None
+
+
+class MemoryLedger:
+    """Claims of this process, beside what is measured as free. Thread-safe."""
+
+    def __init__(self) -> None:
+        self._claims: list[Claim] = []
+        self._lock = threading.Lock()
+
+    def measure(self, device: torch.device) -> MemorySnapshot:
+        """What is free now, less what was claimed and is not filled yet."""
+        measured = measure_memory(device)
+        host, accelerator = self._unfilled("cpu"), self._unfilled("cuda")
+        host_free = max(measured.host_free - host, 0)
+        device_free = host_free if device.type == "cpu" else max(measured.device_free - accelerator, 0)
+        return attrs.evolve(measured, host_free=host_free, device_free=device_free)
+
+    def try_claim(self, purpose: str, nbytes: int, device: torch.device) -> Claim | None:
+        """Room for `nbytes` on `device`, or `None` if so much is not free."""
+        with self._lock:
+            free = self.measure(device).device_free
+            if nbytes + _HEADROOM > free:
+                return None
+            claim = Claim(purpose, nbytes, device.type, ledger=self)
+            self._claims.append(claim)
+            return claim
+
+    def claim(self, purpose: str, nbytes: int, device: torch.device) -> Claim:
+        """Room for `nbytes` on `device`.
+
+        Raises:
+            MemoryLimitError: so much is not free; the message names both sizes.
+        """
+        claim = self.try_claim(purpose, nbytes, device)
+        if claim is None:
+            free = self.measure(device).device_free
+            raise MemoryLimitError(
+                f"{purpose} need {format_size(nbytes)} of memory on {device.type}, and of {format_size(free)} free "
+                f"{format_size(_HEADROOM)} must stay so. Close other programs or caches, or raise this process's "
+                "memory limit."
+            )
+        return claim
+
+    def drop(self, claim: Claim) -> None:
+        """Forget a claim."""
+        with self._lock:
+            self._claims.remove(claim)
+
+    def _unfilled(self, device: str) -> int:
+        return sum(max(claim.nbytes - claim.used, 0) for claim in self._claims if claim.device == device)
+
+
+ledger = MemoryLedger()
+"""The one of this process."""
 
 
 def measure_memory(device: torch.device) -> MemorySnapshot:

@@ -27,12 +27,11 @@ from ollm.units import ByteSize, format_size, parse_size
 
 if TYPE_CHECKING:
     from ollm.storage.segments import SegmentedStorage
-    from ollm.storage.tensors import LayerLayout, pack, unpack
+    from ollm.storage.tensors import LayerLayout, unpack
 
 _HEAVY = {
     "SegmentedStorage": "ollm.storage.segments",
     "LayerLayout": "ollm.storage.tensors",
-    "pack": "ollm.storage.tensors",
     "unpack": "ollm.storage.tensors",
 }
 
@@ -71,7 +70,6 @@ __all__ = [
     "format_size",
     "hookimpl",
     "option",
-    "pack",
     "parse_size",
     "unpack",
 ]

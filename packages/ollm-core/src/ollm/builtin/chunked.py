@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from ollm.plugin import Extent, KVBlock, KVStore, LayerLayout, SegmentedStorage, pack, unpack
+from ollm.plugin import Extent, KVBlock, KVStore, LayerLayout, SegmentedStorage, unpack
 
 
 class ChunkedStore(KVStore):
@@ -23,7 +23,7 @@ class ChunkedStore(KVStore):
         layout = LayerLayout.of(keys, values)
         before = self.extents(layer)
         extent = self.storage.write(
-            pack(keys, values),
+            [keys, values],
             segment=layer,
             layer=layer,
             start=before[-1].stop if before else 0,

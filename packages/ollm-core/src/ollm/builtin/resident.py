@@ -14,6 +14,8 @@ from ollm.plugin import Extent, KVBlock, KVStore, LayerLayout, StoreStats, unpac
 class ResidentStore(KVStore):
     """Keeps each extent as one uint8 tensor on the device that it came from: keys, then values."""
 
+    in_memory = True
+
     def __init__(self) -> None:
         self._extents: dict[int, tuple[Extent, ...]] = {}
         self._layouts: dict[int, LayerLayout] = {}

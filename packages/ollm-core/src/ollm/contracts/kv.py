@@ -94,7 +94,12 @@ class KVStore(ABC):
     """First tokens that stay visible for ever beside the window."""
 
     storage: SegmentedStorage | None = None
-    """The storage that holds the extents' bytes, from which core reads; `None` for stores that override `read`."""
+    """The storage that holds the extents' bytes, from which core reads, several adjacent extents at a time; `None` for
+    stores that override `read`."""
+
+    in_memory: bool = False
+    """Whether `read` only looks something up. Core then calls it when the bytes are needed, on the thread that needs
+    them, instead of ahead of that on a worker, and keeps no resident copies."""
 
     @abstractmethod
     def append(self, layer: int, keys: Tensor, values: Tensor) -> None:
@@ -135,14 +140,14 @@ class KVStore(ABC):
         """Dropped extents that no reader holds any more: their bytes may be reused now. Default: nothing."""
 
     def read(self, extent: Extent) -> Tensor:
-        """The raw bytes of an extent as a uint8 tensor on the host. Several threads may call this at once.
+        """The raw bytes of an extent as a uint8 tensor on the host, for stores without a `storage`.
+
+        Called from core's I/O workers, several at once, unless the store is `in_memory`.
 
         Raises:
             CorruptDataError: when the bytes are not those that were appended.
         """
-        if self.storage is None:
-            raise NotImplementedError(f"{type(self).__name__} has no `storage`: it must override `read`.")
-        return self.storage.read(extent)
+        raise NotImplementedError(f"{type(self).__name__} has no `storage`: it must override `read`.")
 
     def commit(self, entry: Commit) -> None:  # noqa: B027
         """Make all that was appended durable. Called for persistent caches only. Default: nothing."""

@@ -44,6 +44,7 @@ class MemorySnapshot:
     """`cpu`, `cuda`, …"""
     host_total: int
     host_free: int
+    """What other caches of this process have claimed is not free."""
     device_total: int
     """Equals the host's on a CPU."""
     device_free: int
@@ -60,7 +61,12 @@ class SpillPlan:
     hot_tokens: int = attrs.field(default=0, validator=attrs.validators.ge(0))
     """The most recent tokens that a flush leaves in the tail."""
     resident_bytes: int = attrs.field(default=0, validator=attrs.validators.ge(0))
-    """Host bytes for extents that stay in memory besides being stored, over all layers."""
+    """Host bytes for extents that stay in memory besides being stored, over all layers. Core takes less where less is
+    free by then."""
+    resident_bytes_device: int = attrs.field(default=0, validator=attrs.validators.ge(0))
+    """The same on the accelerator; on a CPU it means nothing."""
+    read_buffers: int = attrs.field(default=8, validator=attrs.validators.ge(2))
+    """How many reads of up to 4 MiB may be in flight, each with a buffer on the host."""
 
 
 class SpillPolicy(ABC):
@@ -73,6 +79,6 @@ class SpillPolicy(ABC):
         Args:
             geometry: the stored layers; may be empty.
             memory: what is free now.
-            budget: the caller's `ram_budget` in bytes for resident extents, never to be exceeded; `None` lets the
-                policy choose.
+            budget: the caller's `ram_budget` in bytes for resident extents on host and accelerator together, never to
+                be exceeded; `None` lets the policy choose.
         """

@@ -7,16 +7,17 @@ never a wrong number. It pins what it refers to until its blocks have been read.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from ollm.attention.blockwise import Block
 from ollm.contracts.kv import Extent
 from ollm.errors import BlockModeError
-from ollm.kv.rows import RowMap, take
+from ollm.kv.rows import take
 
 if TYPE_CHECKING:
     from ollm.kv.session import KVSession
+    from ollm.kv.source import Stored
     from ollm.storage.tensors import LayerLayout
 
 _OPERATORS = (
@@ -32,30 +33,29 @@ class KVHandle:
         self,
         session: KVSession,
         layout: LayerLayout,
-        extents: Sequence[Extent],
-        row_maps: Sequence[RowMap],
+        past: Sequence[Stored],
         recent: Sequence[Block],
     ) -> None:
-        """Pins `extents` until `blocks` has been walked, or the handle is dropped."""
+        """Pins the extents of `past` until `blocks` has been walked, or the handle is dropped."""
         self.window, self.sinks = session.store.window, session.store.sinks
         self._session = session
         self._layout = layout
-        self._row_maps = tuple(row_maps)
+        self._past = tuple(past)
         self._recent = tuple(recent)
         self._pins = ExitStack()
-        self._extents = self._pins.enter_context(session.snapshot(extents))
+        self._pins.enter_context(session.snapshot([extent for extent, _ in past]))
 
     def blocks(self) -> Iterator[Block]:
-        """Every block, oldest first; each is read when it is asked for."""
-        device = self._recent[-1].keys.device
-        with self._pins:
-            for extent, row_map in zip(self._extents, self._row_maps, strict=True):
-                if self.window is not None and self.sinks <= extent.start and extent.stop <= self._first_seen:
-                    continue  # evicted as soon as nobody reads
-                block = self._session.load(extent, self._layout, device, None)
-                keys, values = take(block.keys, row_map), take(block.values, row_map)
-                yield Block(extent.start, keys.to(device), values.to(device))
+        """Every block, those in memory between those that are read; the newest tokens come last."""
+        seen = [part for part in self._past if not self._has_left_the_window(part[0])]
+        with self._pins, closing(self._session.source.blocks(seen, self._layout)) as loaded:
+            for part in loaded:
+                yield Block(part.start, take(part.block.keys, part.row_map), take(part.block.values, part.row_map))
             yield from self._recent
+
+    def _has_left_the_window(self, extent: Extent) -> bool:
+        """Such an extent is evicted as soon as nobody reads."""
+        return self.window is not None and self.sinks <= extent.start and extent.stop <= self._first_seen
 
     @property
     def _first_seen(self) -> int:

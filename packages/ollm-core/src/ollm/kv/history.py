@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 
 from ollm.attention.blockwise import Block
-from ollm.contracts.kv import Extent, KVBlock
+from ollm.contracts.kv import KVBlock
 from ollm.errors import BatchMismatchError
 from ollm.kv.handle import KVHandle
 from ollm.kv.rows import RowMap, select, take
 from ollm.kv.session import KVSession
+from ollm.kv.source import Stored
 from ollm.kv.tail import Pending, Tail
 from ollm.storage.tensors import LayerLayout
 
@@ -26,8 +27,7 @@ from ollm.storage.tensors import LayerLayout
 class _Past:
     """What a layer held at one moment: extents with their row maps, then blocks in memory."""
 
-    extents: tuple[Extent, ...]
-    row_maps: tuple[RowMap, ...]
+    stored: tuple[Stored, ...]
     recent: list[Block]
 
 
@@ -106,9 +106,9 @@ class LayerHistory:
         newest = Block(self.tokens, keys, values)
         if self._held is not None:
             self._held.recent.append(newest)
-            return KVHandle(self._session, layout, self._held.extents, self._held.row_maps, self._held.recent)
+            return KVHandle(self._session, layout, self._held.stored, self._held.recent)
         before = self._past()
-        return KVHandle(self._session, layout, before.extents, before.row_maps, [*before.recent, newest])
+        return KVHandle(self._session, layout, before.stored, [*before.recent, newest])
 
     @contextmanager
     def held(self) -> Iterator[None]:
@@ -116,7 +116,7 @@ class LayerHistory:
         layer that takes a prompt in several pieces, one after the other. After an error the history is what it was,
         but for what has left a window meanwhile."""
         before, self._held = self.tokens, self._past()
-        with self._session.snapshot(self._held.extents):
+        with self._session.snapshot([extent for extent, _ in self._held.stored]):
             try:
                 yield
             except BaseException:
@@ -128,7 +128,10 @@ class LayerHistory:
 
     def _past(self) -> _Past:
         recent = [Block(self.stored_tokens, self.tail.keys, self.tail.values)] if self.tail.tokens else []
-        return _Past(tuple(self._session.store.extents(self.layer)), tuple(self._row_maps), recent)
+        return _Past(self._stored(), recent)
+
+    def _stored(self) -> tuple[Stored, ...]:
+        return tuple(zip(self._session.store.extents(self.layer), self._row_maps, strict=True))
 
     def crop(self, length: int) -> None:
         """Keep the first `length` tokens: cuts the tail, then whole extents, then puts the remainder in the tail."""
@@ -177,29 +180,36 @@ class LayerHistory:
     def _fill(self, keys: Tensor, values: Tensor) -> None:
         """Copy all stored tokens to the front of two tensors."""
         assert self._layout is not None
-        with self._session.snapshot(self._session.store.extents(self.layer)) as extents:
-            for extent, row_map in zip(extents, self._row_maps, strict=True):
-                span = slice(extent.start, extent.stop)
-                out = KVBlock(keys[:, :, span], values[:, :, span])
-                block = self._session.load(extent, self._layout, keys.device, out if row_map is None else None)
-                if block.keys is not out.keys:
-                    out.keys.copy_(take(block.keys, row_map))
-                if block.values is not out.values:
-                    out.values.copy_(take(block.values, row_map))
+
+        def out(start: int, stop: int) -> KVBlock:
+            return KVBlock(keys[:, :, start:stop], values[:, :, start:stop])
+
+        mapped = {extent: row_map for extent, row_map in self._stored() if row_map is not None}
+        with self._session.snapshot(self._session.store.extents(self.layer)):
+            for part in self._session.source.blocks(
+                self._stored(),
+                self._layout,
+                lambda extent: None if extent in mapped else out(extent.start, extent.stop),
+            ):
+                target = out(part.start, part.start + part.block.keys.shape[2])
+                for ours, theirs in ((target.keys, part.block.keys), (target.values, part.block.values)):
+                    if ours.data_ptr() != theirs.data_ptr():
+                        ours.copy_(take(theirs, part.row_map))
 
     def _remainder(self, length: int) -> tuple[Tail, int]:
         """What stays of the extent that `length` cuts in two, as a tail with today's rows, and where it begins."""
         assert self._layout is not None
         rest = Tail()
-        extents = self._session.store.extents(self.layer)
-        for extent, row_map in zip(extents, self._row_maps, strict=True):
+        for extent, row_map in self._stored():
             if extent.start < length < extent.stop:
                 with self._session.snapshot([extent]):
-                    block = self._session.load(extent, self._layout, self._device, None)
-                    part = slice(0, length - extent.start)
-                    keys, values = (take(block.keys, row_map)[:, :, part], take(block.values, row_map)[:, :, part])
-                    rest.append(keys.to(self._device), values.to(self._device))
-                    return rest, extent.start
+                    for part in self._session.source.blocks([(extent, row_map)], self._layout):
+                        kept = slice(0, length - extent.start)
+                        rest.append(
+                            take(part.block.keys, row_map)[:, :, kept].to(self._device),
+                            take(part.block.values, row_map)[:, :, kept].to(self._device),
+                        )
+                return rest, extent.start
         return rest, length
 
     def _tokens_to_flush(self, pending: int) -> int:
@@ -217,13 +227,14 @@ class LayerHistory:
         assert self._layout is not None
         size = self._session.store.extent_tokens
         if size is None:
-            most = max(self._session.residency.extent_bytes // self._layout.nbytes(self.rows, 1), 1)
+            most = max(self._session.source.extent_bytes // self._layout.nbytes(self.rows, 1), 1)
             pieces = -(-tokens // most)
             size = -(-tokens // pieces)
         return [(start, min(start + size, tokens)) for start in range(0, tokens, size)]
 
     def _check(self, keys: Tensor, values: Tensor) -> None:
         """While the layer is empty, learn the shapes; afterwards they must stay."""
+        self._session.settle()
         layout = LayerLayout.of(keys, values)
         if not self.tokens:
             self._layout, self.rows, self._device = layout, keys.shape[0], keys.device

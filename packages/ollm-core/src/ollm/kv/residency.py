@@ -1,29 +1,103 @@
 """Extents that stay in memory besides being stored.
 
 Decoding reads the same extents in the same order at every step, the worst case of an LRU. So the resident set is
-fixed: an extent that found room stays until it is dropped, the rest is read; the hit rate is budget / size.
+fixed: an extent that found room stays until it is dropped, the rest is read; the hit rate is budget / size. The budget
+is spread evenly over the layers, so that every layer has something to compute with while the rest of it is read.
+
+Neighbours lie side by side in pieces much larger than a read: attention then runs one kernel over many extents.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import attrs
+import torch
+from torch import Tensor
+
 from ollm.contracts.kv import Extent, KVBlock
+from ollm.memory import Claim, ledger
+from ollm.storage.tensors import LayerLayout
 
 MOST_EXTENT_BYTES = 4 * 2**20
 LEAST_EXTENT_BYTES = 2**20
 """Reads of 1 – 4 MiB run at the speed of the disk."""
 
+MOST_PIECE_BYTES = 64 * 2**20
+
+
+@attrs.define(eq=False)
+class _Piece:
+    """Keys and values of consecutive tokens, in tensors with room for more. Pages that are not filled take no
+    memory on a CPU."""
+
+    keys: Tensor
+    values: Tensor
+    claim: Claim
+    start: int
+    """Position of its first token."""
+    extents: list[Extent] = attrs.field(factory=list)
+
+    @property
+    def rows(self) -> int:
+        return self.keys.shape[0]
+
+    @property
+    def bytes_per_token(self) -> int:
+        return (self.keys.nbytes + self.values.nbytes) // self.keys.shape[2]
+
+    @property
+    def stop(self) -> int:
+        """Position after its last token."""
+        return max((extent.stop for extent in self.extents), default=self.start)
+
+    def has_room(self, extent: Extent, block: KVBlock) -> bool:
+        """Whether `extent` comes next here."""
+        layout = LayerLayout.of(self.keys, self.values) == LayerLayout.of(block.keys, block.values)
+        room = extent.stop - self.start <= self.keys.shape[2]
+        return layout and room and extent.start == self.stop and extent.rows == self.rows
+
+    def put(self, extent: Extent, block: KVBlock) -> None:
+        span = slice(extent.start - self.start, extent.stop - self.start)
+        self.keys[:, :, span] = block.keys
+        self.values[:, :, span] = block.values
+        self.extents.append(extent)
+        self._count()
+
+    def drop(self, extent: Extent) -> None:
+        self.extents.remove(extent)
+        self._count()
+
+    def view(self, start: int, stop: int) -> KVBlock:
+        span = slice(start - self.start, stop - self.start)
+        return KVBlock(self.keys[:, :, span], self.values[:, :, span])
+
+    def _count(self) -> None:
+        self.claim.used = sum(extent.tokens for extent in self.extents) * self.bytes_per_token
+
 
 class Residency:
-    """Keeps blocks within a byte budget that is shared evenly between layers."""
+    """Keeps blocks on one device within a byte budget that is shared evenly between layers."""
 
-    def __init__(self, budget: int, layers: int) -> None:
+    def __init__(self, budget: int, layers: int, *, device: torch.device, staged: bool = False) -> None:
+        """Nothing yet.
+
+        Args:
+            budget: bytes over all layers. Where the ledger has less by then, less is kept.
+            layers: how many share it.
+            device: where the blocks stay.
+            staged: whether blocks are copied to an accelerator for every use: then each extent is a piece of its own,
+                contiguous and in page-locked memory.
+        """
         self._share = budget // layers if layers else 0
-        self._blocks: dict[Extent, KVBlock] = {}
-        self._used: dict[int, int] = {}
+        self._device = device
+        self._staged = staged
+        self._pieces: dict[int, list[_Piece]] = {}
+        self._home: dict[Extent, _Piece] = {}
 
     @property
     def extent_bytes(self) -> int:
-        """The largest extent that core should cut: pieces that fill a layer's share, within what disks like."""
+        """The largest extent that core should cut: parts that fill a layer's share, within what disks like."""
         if self._share < LEAST_EXTENT_BYTES:
             return MOST_EXTENT_BYTES
         return self._share // -(-self._share // MOST_EXTENT_BYTES)
@@ -31,28 +105,71 @@ class Residency:
     @property
     def nbytes(self) -> int:
         """Bytes of all resident blocks."""
-        return sum(self._used.values())
+        return sum(piece.claim.used for pieces in self._pieces.values() for piece in pieces)
 
-    def offer(self, extent: Extent, block: KVBlock) -> None:
-        """Keep a copy of a block on the host if its layer's share has room."""
-        nbytes = block.keys.nbytes + block.values.nbytes
-        used = self._used.get(extent.layer, 0)
-        if used + nbytes <= self._share:
-            keys, values = block.keys.detach().to("cpu", copy=True), block.values.detach().to("cpu", copy=True)
-            self._blocks[extent] = KVBlock(keys.contiguous(), values.contiguous())
-            self._used[extent.layer] = used + nbytes
+    def offer(self, extent: Extent, block: KVBlock) -> bool:
+        """Keep a copy of a block if its layer's share has room; says whether it did."""
+        pieces = self._pieces.setdefault(extent.layer, [])
+        if not (pieces and pieces[-1].has_room(extent, block)):
+            piece = self._new_piece(extent, block)
+            if piece is None:
+                return False
+            pieces.append(piece)
+        pieces[-1].put(extent, block)
+        self._home[extent] = pieces[-1]
+        return True
 
-    def get(self, extent: Extent) -> KVBlock | None:
-        """The block, if it is resident."""
-        return self._blocks.get(extent)
+    def holds(self, extent: Extent) -> bool:
+        """Whether the extent is resident."""
+        return extent in self._home
+
+    def run(self, extents: Sequence[Extent]) -> tuple[int, KVBlock]:
+        """How many of `extents`, from the first, which is resident, lie side by side, and all of them as one block."""
+        piece = self._home[extents[0]]
+        count = 1
+        while (
+            count < len(extents)
+            and self._home.get(extents[count]) is piece
+            and extents[count].start == extents[count - 1].stop
+        ):
+            count += 1
+        return count, piece.view(extents[0].start, extents[count - 1].stop)
 
     def drop(self, extent: Extent) -> None:
         """Forget a block."""
-        block = self._blocks.pop(extent, None)
-        if block is not None:
-            self._used[extent.layer] -= block.keys.nbytes + block.values.nbytes
+        piece = self._home.pop(extent, None)
+        if piece is None:
+            return
+        piece.drop(extent)
+        if not piece.extents:
+            self._pieces[extent.layer].remove(piece)
+            piece.claim.release()
 
     def clear(self) -> None:
         """Forget everything."""
-        self._blocks.clear()
-        self._used.clear()
+        for extent in list(self._home):
+            self.drop(extent)
+
+    def _new_piece(self, extent: Extent, block: KVBlock) -> _Piece | None:
+        """Room for `extent` and, if the share has it, for more behind it."""
+        (rows, heads, tokens, key_size), value_size = block.keys.shape, block.values.shape[3]
+        per_token = (block.keys.nbytes + block.values.nbytes) // tokens
+        taken = sum(piece.claim.nbytes for piece in self._pieces[extent.layer])
+        most = tokens if self._staged else max(MOST_PIECE_BYTES // per_token, tokens)
+        room = min((self._share - taken) // per_token, most)
+        if room < tokens:
+            return None
+        claim = ledger.try_claim("resident keys and values", room * per_token, self._device)
+        if claim is None:
+            return None
+        try:
+            keys, values = (
+                torch.empty(
+                    rows, heads, room, size, dtype=block.keys.dtype, device=self._device, pin_memory=self._staged
+                )
+                for size in (key_size, value_size)
+            )
+        except BaseException:
+            claim.release()
+            raise
+        return _Piece(keys, values, claim, extent.start)

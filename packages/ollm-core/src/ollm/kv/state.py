@@ -13,8 +13,10 @@ class KVCounters:
 
     saved_bytes: int = 0
     save_seconds: float = 0.0
+    """What handing them to the store took: the disk's own work goes on behind that."""
     loaded_bytes: int = 0
     load_seconds: float = 0.0
+    """What attention waited for them."""
     spills: int = 0
     """Flushes of a layer's tail."""
     evictions: int = 0
@@ -64,6 +66,12 @@ class CacheState:
     tail_bytes: int
     resident_bytes: int
     """Stored keys and values that are in memory: copies of what is on disk, or the store itself for `resident`."""
+    read_buffers: int
+    """How many reads may be in flight."""
+    buffer_bytes: int
+    """Memory of the buffers for reading and writing."""
+    unbuffered: bool
+    """Whether the disk is read and written past the page cache."""
     disk_bytes: int
     """What the store's files take now."""
     bytes_written: int

@@ -79,11 +79,11 @@ class RunFolder:
             undo.pop_all()
         return cls(path, lock_fd)
 
-    def new_file(self, name: str) -> int:
+    def new_file(self, name: str, flags: int = 0) -> int:
         """A descriptor of a new, empty file. What an interrupted attempt left under that name goes first."""
         with suppress(FileNotFoundError):
             shim.disk.unlink(self.path / name)
-        return shim.disk.open(self.path / name, os.O_RDWR | os.O_CREAT | os.O_EXCL)
+        return shim.disk.open(self.path / name, os.O_RDWR | os.O_CREAT | os.O_EXCL | flags)
 
     def remove(self) -> None:
         """Delete the folder, and its parent if that was the last one. Does nothing in a forked child or twice."""
@@ -170,7 +170,7 @@ def _collect_dead(root: Path) -> None:
     if not tag.exists():
         fd = shim.disk.open(tag, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
         try:
-            shim.write_all(fd, [memoryview(_TAG_TEXT)], 0)
+            shim.write_all(fd, memoryview(_TAG_TEXT), 0)
         finally:
             shim.disk.close(fd)
     for name in shim.disk.listdir(root):

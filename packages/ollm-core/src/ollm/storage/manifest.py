@@ -14,7 +14,8 @@ from typing import Any
 import attrs
 
 from ollm.errors import CorruptDataError
-from ollm.storage.records import ALIGNMENT, DTYPE_CODES
+from ollm.io.buffers import ALIGNMENT
+from ollm.storage.records import DTYPE_CODES
 
 FORMAT = "ollm-kv"
 FORMAT_VERSION = 1

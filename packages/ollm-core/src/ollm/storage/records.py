@@ -1,4 +1,4 @@
-"""The record: a 4 KiB header block, then the payload. Written before every payload, compared on every read.
+"""The record: a 4 KiB header block, then the payload, padded to 4 KiB. Every read compares the header.
 
 A read compares the header with what was asked for, so that a misplaced or stale record is noticed, not only a
 damaged one. This module knows bytes and numbers, not files or tensors.
@@ -11,10 +11,9 @@ import struct
 import attrs
 import xxhash
 
+from ollm.contracts.kv import Extent
 from ollm.errors import CorruptDataError
-
-ALIGNMENT = 4096
-"""Records begin and payloads lie at multiples of this, so that they can be read unbuffered, straight into place."""
+from ollm.io.buffers import ALIGNMENT
 
 MAGIC = b"OKVR"
 RECORD_VERSION = 1
@@ -53,12 +52,9 @@ class RecordHeader:
     payload_bytes: int
 
 
-def payload_hash(buffers: list[memoryview]) -> int:
-    """xxh3-64 of the buffers as if they were one."""
-    digest = xxhash.xxh3_64()
-    for buffer in buffers:
-        digest.update(buffer)
-    return digest.intdigest()
+def payload_hash(payload: memoryview) -> int:
+    """xxh3-64 of the payload."""
+    return xxhash.xxh3_64_intdigest(payload)
 
 
 def encode_header(header: RecordHeader, payload_digest: int) -> bytes:
@@ -109,6 +105,22 @@ def check_header(block: memoryview, asked: RecordHeader) -> int:
     return int(digest)
 
 
+def check_record(record: memoryview, asked: RecordHeader, *, payload: bool) -> None:
+    """Compare a record's header, and with `payload` its payload's hash, too.
+
+    Raises:
+        CorruptDataError: says what does not match.
+    """
+    digest = check_header(record[:ALIGNMENT], asked)
+    if payload and payload_hash(record[ALIGNMENT : ALIGNMENT + asked.payload_bytes]) != digest:
+        raise CorruptDataError("the payload does not match its hash")
+
+
 def padded(nbytes: int) -> int:
     """`nbytes` rounded up to a multiple of `ALIGNMENT`."""
     return -(-nbytes // ALIGNMENT) * ALIGNMENT
+
+
+def record_span(extent: Extent) -> tuple[int, int]:
+    """Where the record of an extent begins and ends in its segment, header and padding included."""
+    return extent.offset - ALIGNMENT, extent.offset + padded(extent.nbytes)

@@ -5,15 +5,18 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
-from collections.abc import Sequence
 from pathlib import Path
 
 try:
     import fcntl
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
+
+UNBUFFERED = getattr(os, "O_DIRECT", 0)
+"""The flag for `Disk.open` that leaves the page cache out; 0 where the platform has none."""
 
 _SAFE_FLAGS = getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
 
@@ -38,9 +41,19 @@ class Disk:
         """Read into `buffer`; returns how many bytes came, which may be fewer."""
         return os.preadv(fd, [buffer], offset)
 
-    def pwrite(self, fd: int, buffers: Sequence[memoryview], offset: int) -> int:
-        """Write the buffers one after the other; returns how many bytes went, which may be fewer."""
-        return os.pwritev(fd, buffers, offset)
+    def pwrite(self, fd: int, buffer: memoryview, offset: int) -> int:
+        """Write `buffer`; returns how many bytes went, which may be fewer."""
+        return os.pwrite(fd, buffer, offset)
+
+    def make_buffered(self, fd: int) -> None:
+        """Take `UNBUFFERED` back from a descriptor."""
+        if fcntl is not None:
+            fcntl.fcntl(fd, fcntl.F_SETFL, fcntl.fcntl(fd, fcntl.F_GETFL) & ~UNBUFFERED)
+
+    def forget_cached(self, fd: int, offset: int, length: int) -> None:
+        """Ask the system to drop these bytes from its page cache; dirty ones it starts to write."""
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(fd, offset, length, os.POSIX_FADV_DONTNEED)
 
     def truncate(self, fd: int, length: int) -> None:
         os.ftruncate(fd, length)
@@ -87,33 +100,42 @@ disk = Disk()
 """The one that is used. Always written `shim.disk`, never imported by name, so that replacing it reaches everybody."""
 
 
-def read_exactly(fd: int, buffer: memoryview, offset: int) -> None:
+def read_exactly(fd: int, buffer: memoryview, offset: int, *, step: int = 1) -> None:
     """Fill `buffer`, over as many reads as it takes.
+
+    Args:
+        fd, offset: where from.
+        buffer: flat bytes.
+        step: go on at multiples of this only, as unbuffered reads must; `buffer` and `offset` are multiples, too.
 
     Raises:
         EOFError: when the file ends first; the message says how much is missing.
+        OSError: as the system says; `EINVAL` also where it stopped within a step.
     """
     done = 0
     while done < len(buffer):
-        count = disk.pread_into(fd, buffer[done:], offset + done)
+        count = _whole_steps(disk.pread_into(fd, buffer[done:], offset + done), step)
         if count <= 0:
             raise EOFError(f"{len(buffer) - done} of {len(buffer)} bytes are missing at offset {offset}")
         done += count
 
 
-def write_all(fd: int, buffers: Sequence[memoryview], offset: int) -> None:
-    """Write all of `buffers` (flat bytes), over as many writes as it takes: Linux caps one at 2,147,479,552 bytes.
+def write_all(fd: int, buffer: memoryview, offset: int, *, step: int = 1) -> None:
+    """Write all of `buffer` (flat bytes), over as many writes as it takes: Linux caps one at 2,147,479,552 bytes.
 
     Raises:
-        OSError: as the system says, or when a write makes no progress.
+        OSError: as the system says, or when a write makes no progress; `EINVAL` where it stopped within a step.
     """
-    pending = [buffer for buffer in buffers if len(buffer)]
-    while pending:
-        count = disk.pwrite(fd, pending, offset)
+    done = 0
+    while done < len(buffer):
+        count = _whole_steps(disk.pwrite(fd, buffer[done:], offset + done), step)
         if count <= 0:
             raise OSError("a write made no progress")
-        offset += count
-        while pending and count >= len(pending[0]):
-            count -= len(pending.pop(0))
-        if count:
-            pending[0] = pending[0][count:]
+        done += count
+
+
+def _whole_steps(count: int, step: int) -> int:
+    """So much of `count` bytes as lies in whole steps."""
+    if 0 < count < step:
+        raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+    return count - count % step

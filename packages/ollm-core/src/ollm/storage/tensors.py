@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import sys
+from collections.abc import Sequence
 
 import attrs
 import torch
 from torch import Tensor
 
 from ollm.contracts.kv import Extent, KVBlock
-from ollm.errors import StorageError, StoreContractError
-from ollm.storage.records import DTYPE_CODES
+from ollm.errors import StoreContractError
 
 
 @attrs.frozen
@@ -51,25 +50,25 @@ class LayerLayout:
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:
-    """The bytes of a tensor: a view where it is contiguous and on the host, else of a copy."""
-    host = tensor.detach().to("cpu").contiguous()
-    return memoryview(host.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]  # numpy's stubs hide it
+    """The bytes of a contiguous tensor on the host, not a copy."""
+    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]  # numpy's stubs hide it
 
 
-def pack(keys: Tensor, values: Tensor) -> list[memoryview]:
-    """The payload of one extent, as buffers to be written one after the other.
+def lay_out(payload: Sequence[Tensor], into: Tensor) -> None:
+    """Copy tensors into raw bytes, one behind the other, each as its contiguous elements.
 
-    Raises:
-        StorageError: for dtypes that the format does not have, and on big-endian machines.
+    Args:
+        payload: of any dtype, shape and stride, on any device.
+        into: uint8, as long as all of them.
     """
-    name = str(keys.dtype).removeprefix("torch.")
-    if name not in DTYPE_CODES:
-        raise StorageError(
-            f"Keys and values of dtype {name} cannot be stored; the format has {', '.join(DTYPE_CODES)}."
-        )
-    if sys.byteorder != "little":
-        raise StorageError("Payloads are little-endian and this machine is not: use cache_strategy='resident'.")
-    return [tensor_bytes(keys), tensor_bytes(values)]
+    at = 0
+    for tensor in payload:
+        target = into[at : at + tensor.nbytes]
+        if (into.storage_offset() + at) % tensor.itemsize == 0:
+            target.view(tensor.dtype).view(tensor.shape).copy_(tensor.detach())
+        else:
+            target.copy_(tensor.detach().contiguous().reshape(-1).view(torch.uint8))
+        at += tensor.nbytes
 
 
 def unpack(layout: LayerLayout, extent: Extent, raw: Tensor) -> KVBlock:

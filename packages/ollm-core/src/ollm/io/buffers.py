@@ -1,0 +1,82 @@
+"""Host buffers that are aligned for unbuffered I/O, made once and used again."""
+
+from __future__ import annotations
+
+import mmap
+
+import torch
+from torch import Tensor
+
+from ollm.memory import ledger
+
+ALIGNMENT = 4096
+"""What unbuffered reads and writes demand of addresses, offsets and lengths."""
+
+# not shared with forked children, nor counted as shared memory
+_PRIVATE = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
+
+
+def aligned_buffer(nbytes: int, *, pinned: bool = False) -> Tensor:
+    """A new uint8 tensor of at least `nbytes`, at an aligned address.
+
+    Args:
+        nbytes: length; rounded up to a multiple of `ALIGNMENT`.
+        pinned: in page-locked memory, from which a CUDA device copies by itself.
+    """
+    nbytes = max(-(-nbytes // ALIGNMENT), 1) * ALIGNMENT
+    if not pinned:  # pages of the system's own, to which they go back when the tensor is dropped
+        return torch.frombuffer(mmap.mmap(-1, nbytes, **_PRIVATE), dtype=torch.uint8)
+    raw = torch.empty(nbytes + ALIGNMENT, dtype=torch.uint8, pin_memory=True)
+    skip = -raw.data_ptr() % ALIGNMENT
+    return raw[skip : skip + nbytes]
+
+
+class BufferPool:
+    """At most `count` buffers, made when they are first needed. For one thread: who takes one gives it back.
+
+    A buffer is made anew, larger, for a request that it is too small for, so that what it holds is bounded by `count`
+    times the largest request.
+    """
+
+    def __init__(self, purpose: str, count: int, nbytes: int, *, pinned: bool = False) -> None:
+        """For `count` buffers of `nbytes` each, claimed from the ledger.
+
+        Raises:
+            MemoryLimitError: so much memory is not free.
+        """
+        self.count = count
+        self._size = nbytes
+        self._pinned = pinned
+        self._claim = ledger.claim(purpose, count * nbytes, torch.device("cpu"))
+        self._free: list[Tensor] = []
+        self._lent: dict[int, Tensor] = {}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the buffers that exist now."""
+        return sum(buffer.numel() for buffer in (*self._free, *self._lent.values()))
+
+    @property
+    def has_free(self) -> bool:
+        """Whether `take` would give one."""
+        return len(self._lent) < self.count
+
+    def take(self, nbytes: int) -> Tensor:
+        """A free buffer of at least `nbytes`; only where `has_free`."""
+        assert self.has_free
+        buffer = self._free.pop() if self._free else None
+        if buffer is None or buffer.numel() < nbytes:
+            buffer = aligned_buffer(max(nbytes, self._size), pinned=self._pinned)
+        self._lent[buffer.data_ptr()] = buffer
+        self._claim.used = self.nbytes
+        return buffer
+
+    def give_back(self, buffer: Tensor) -> None:
+        """A buffer that `take` gave, which nobody uses any more."""
+        self._free.append(self._lent.pop(buffer.data_ptr()))
+
+    def close(self) -> None:
+        """Drop all buffers and give their memory back to the ledger. May be called twice."""
+        self._free.clear()
+        self._lent.clear()
+        self._claim.release()

@@ -1,0 +1,123 @@
+"""`Segment`: one file of records, which of them are held, and their bytes checked on the way in and out.
+
+Space behind the last held record is free again. Not thread-safe but for `write` and `read`: the storage's lock is held
+around every other call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+import attrs
+
+from ollm.contracts.kv import Extent
+from ollm.errors import CorruptDataError, StorageError
+from ollm.io.buffers import ALIGNMENT
+from ollm.storage import shim
+from ollm.storage.datafile import DataFile
+from ollm.storage.records import RecordHeader, check_record, encode_header, payload_hash, record_span
+from ollm.storage.room import reason
+
+Rescue = Callable[[Extent, memoryview], bool]
+"""Fills a record from memory if the disk does not have it; says whether it did."""
+
+
+@attrs.define
+class _Held:
+    """A record that somebody may still read."""
+
+    end: int
+    dtype: str
+    verified: bool = False
+
+
+class Segment:
+    """The file of one segment number."""
+
+    def __init__(self, path: Path, file: DataFile, *, store_id: bytes, verify: str) -> None:
+        self.file = file
+        self.end = 0
+        """Where the next record goes."""
+        self._path = path
+        self._store_id = store_id
+        self._verify = verify
+        self._held: dict[int, _Held] = {}
+
+    def hold(self, extent: Extent, dtype: str) -> None:
+        """From now on there is this record."""
+        self.end = record_span(extent)[1]
+        self._held[extent.offset] = _Held(self.end, dtype)
+
+    def let_go(self, extent: Extent) -> None:
+        """Nobody reads the record any more; one that is not held is ignored."""
+        self._held.pop(extent.offset, None)
+        self.end = max((held.end for held in self._held.values()), default=0)
+
+    def cut(self) -> None:
+        """Cut the file to what is held. Bytes behind it are never read, so that failing to do so only costs space."""
+        with suppress(OSError):
+            shim.disk.truncate(self.file.fd, self.end)
+
+    def write(self, extent: Extent, dtype: str, record: memoryview) -> None:
+        """Put the header in front of the payload that is in `record` already, and all of it on the disk.
+
+        Raises:
+            OSError: as the system says.
+        """
+        digest = payload_hash(record[ALIGNMENT : ALIGNMENT + extent.nbytes])
+        record[:ALIGNMENT] = encode_header(self._header(extent, dtype), digest)
+        self.file.write(record, extent.offset - ALIGNMENT)
+
+    def read(self, extents: Sequence[Extent], view: memoryview, rescue: Rescue) -> None:
+        """Fill `view` with the records of adjacent extents.
+
+        Raises:
+            CorruptDataError: when another, a damaged or an incomplete record lies there.
+            StorageError: when the system cannot read.
+        """
+        held = [self._held.get(extent.offset) for extent in extents]
+        for extent, known in zip(extents, held, strict=True):
+            if known is None:
+                raise CorruptDataError(f"{self.where(extent)} is not in this storage.")
+        begin = record_span(extents[0])[0]
+        records = [view[start - begin : stop - begin] for start, stop in map(record_span, extents)]
+        rescued = [rescue(extent, record) for extent, record in zip(extents, records, strict=True)]
+        if not any(rescued):
+            self._fill(view, begin, extents[-1])
+        for extent, known, record, done in zip(extents, held, records, rescued, strict=True):
+            assert known is not None
+            if any(rescued) and not done:
+                self._fill(record, record_span(extent)[0], extent)
+            self._check(extent, known, record)
+
+    def where(self, extent: Extent) -> str:
+        """An extent, for messages."""
+        return f"Layer {extent.layer}, tokens {extent.start}..{extent.stop}, in {self._path} at {extent.offset}"
+
+    def _fill(self, view: memoryview, offset: int, extent: Extent) -> None:
+        try:
+            self.file.read(view, offset)
+        except EOFError as error:
+            raise CorruptDataError(f"{self.where(extent)} is cut off: {error}.") from None
+        except OSError as error:
+            raise StorageError(f"Cannot read {self.where(extent)}: {reason(error)}.") from error
+
+    def _check(self, extent: Extent, held: _Held, record: memoryview) -> None:
+        """Compare a record with what was asked for, and its payload as `verify` says."""
+        payload = self._verify == "always" or (self._verify == "first" and not held.verified)
+        try:
+            check_record(record, self._header(extent, held.dtype), payload=payload)
+        except CorruptDataError as error:
+            raise CorruptDataError(
+                f"{self.where(extent)} cannot be trusted: {error}. The disk or another program changed it; "
+                "start the generation again."
+            ) from None
+        held.verified = held.verified or payload
+
+    def _header(self, extent: Extent, dtype: str) -> RecordHeader:
+        return RecordHeader(
+            store_id=self._store_id, dtype=dtype, layer=extent.layer, start=extent.start, tokens=extent.tokens,
+            rows=extent.rows, payload_bytes=extent.nbytes,
+        )  # fmt: skip

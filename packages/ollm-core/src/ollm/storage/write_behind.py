@@ -1,0 +1,165 @@
+"""`WriteBehind`: records on their way to the disk. Bounded, and nothing that was accepted is ever lost.
+
+What is being written stays in memory until it is on the disk; what could not be written stays until a later attempt
+succeeds or nobody wants it any more. An error of the background is raised once, by the next call, and the call after
+that tries again. The caller does not wait for the disk unless all buffers are in use.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable
+from concurrent.futures import Future, wait
+
+import attrs
+from torch import Tensor
+
+from ollm.io.buffers import BufferPool
+from ollm.io.scheduler import IOScheduler
+from ollm.storage.tensors import tensor_bytes
+
+Place = tuple[int, int]
+"""Segment and offset of a payload."""
+
+BUFFERS = 4
+BUFFER_BYTES = 4 * 2**20 + 2**16
+"""For extents of up to 4 MiB with their headers."""
+
+
+@attrs.define(eq=False)
+class _Write:
+    """One record on its way."""
+
+    buffer: Tensor
+    nbytes: int
+    action: Callable[[], None]
+    future: Future[None]
+    reported: bool = False
+
+    @property
+    def error(self) -> BaseException | None:
+        """Why it failed; `None` if it did not, or is not done."""
+        return self.future.exception() if self.future.done() and not self.future.cancelled() else None
+
+
+class WriteBehind:
+    """For one writer; `rescue` may be called from any thread."""
+
+    def __init__(
+        self, scheduler: IOScheduler, explain: Callable[[OSError, int], Exception], *, pinned: bool = False
+    ) -> None:
+        """Nothing is being written.
+
+        Args:
+            scheduler: of the disk.
+            explain: makes the error to be raised of what the system said to so many bytes.
+            pinned: whether what is written comes from a CUDA device.
+
+        Raises:
+            MemoryLimitError: no memory for the buffers is free.
+        """
+        self._scheduler = scheduler
+        self._explain = explain
+        self._buffers = BufferPool("Write buffers", BUFFERS, BUFFER_BYTES, pinned=pinned)
+        self._writes: OrderedDict[Place, _Write] = OrderedDict()
+        self._lock = threading.Lock()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the buffers."""
+        return self._buffers.nbytes
+
+    def buffer(self, nbytes: int) -> Tensor:
+        """A buffer of at least `nbytes`, for `submit` or `give_back`. Waits while all are in use.
+
+        Raises:
+            StorageError: what the background failed with, if that keeps all buffers in use.
+        """
+        self._collect()
+        while not self._buffers.has_free:
+            running = [write.future for write in self._writes.values() if not write.future.done()]
+            if running:
+                wait(running, return_when="FIRST_COMPLETED")
+            else:
+                self.settle()
+            self._collect()
+        return self._buffers.take(nbytes)
+
+    def give_back(self, buffer: Tensor) -> None:
+        """A buffer that will not be submitted."""
+        self._buffers.give_back(buffer)
+
+    def submit(self, place: Place, buffer: Tensor, nbytes: int, action: Callable[[], None]) -> None:
+        """Let a worker run `action`, which writes the first `nbytes` of `buffer` to `place`."""
+        write = _Write(buffer, nbytes, action, self._scheduler.submit(action))
+        with self._lock:
+            self._writes[place] = write
+
+    def settle(self) -> None:
+        """Raise what the background failed with, the first time; later, try again.
+
+        Raises:
+            StorageError: what the disk answered, then or now.
+        """
+        for write in list(self._writes.values()):
+            error = write.error
+            if error is None:
+                continue
+            try:
+                if not write.reported:
+                    write.reported = True
+                    raise error
+                write.action()
+            except OSError as failure:
+                raise self._explain(failure, write.nbytes) from failure
+            write.future = Future()
+            write.future.set_result(None)
+        self._collect()
+
+    def flush(self) -> None:
+        """Wait until everything is on the disk.
+
+        Raises:
+            StorageError: what the disk answered, if it did not take all.
+        """
+        wait([write.future for write in self._writes.values()])
+        self.settle()
+
+    def rescue(self, place: Place, into: memoryview) -> bool:
+        """Wait until the record at `place` is written; if that failed, fill `into` with what should be there."""
+        with self._lock:
+            write = self._writes.get(place)
+        if write is None:
+            return False
+        wait([write.future])
+        with self._lock:  # until it is dropped, its buffer is not used again
+            if self._writes.get(place) is not write or write.error is None:
+                return False
+            into[:] = tensor_bytes(write.buffer)[: len(into)]
+            return True
+
+    def forget(self, place: Place) -> None:
+        """Nobody wants this record any more; whatever is being written to its place is done with afterwards."""
+        write = self._writes.get(place)
+        if write is not None:
+            if not write.future.cancel():
+                wait([write.future])
+            self._drop(place)
+
+    def close(self) -> None:
+        """Give up what is not written yet, and wait for what is being written."""
+        for place in list(self._writes):
+            self.forget(place)
+        self._buffers.close()
+
+    def _collect(self) -> None:
+        """Take back the buffers of what is written."""
+        for place, write in list(self._writes.items()):
+            if write.future.done() and write.error is None:
+                self._drop(place)
+
+    def _drop(self, place: Place) -> None:
+        with self._lock:
+            write = self._writes.pop(place)
+        self._buffers.give_back(write.buffer)
