@@ -14,7 +14,7 @@ class AutoSpill(SpillPolicy):
     """Flush at 128 tokens or 8 MiB per layer on a CPU, 64 tokens or 4 MiB elsewhere, where memory is dearer.
 
     Without a budget, half of the free memory holds resident extents, on the accelerator first: the rest is left to
-    activations, to the weights of other models and to other programs. Eight reads are in flight, fewer where their
+    activations, to the weights of other models and to other programs. Twelve reads are in flight, fewer where their
     buffers would take more than a sixteenth of the free memory.
     """
 
@@ -29,5 +29,5 @@ class AutoSpill(SpillPolicy):
             flush_bytes=(8 if on_cpu else 4) * _MIB,
             resident_bytes=host,
             resident_bytes_device=device,
-            read_buffers=max(2, min(8, memory.host_free // 16 // _READ_BYTES)),
+            read_buffers=max(2, min(12, memory.host_free // 16 // _READ_BYTES)),
         )

@@ -65,7 +65,7 @@ class SpillPlan:
     free by then."""
     resident_bytes_device: int = attrs.field(default=0, validator=attrs.validators.ge(0))
     """The same on the accelerator; on a CPU it means nothing."""
-    read_buffers: int = attrs.field(default=8, validator=attrs.validators.ge(2))
+    read_buffers: int = attrs.field(default=12, validator=attrs.validators.ge(2))
     """How many reads of up to 4 MiB may be in flight, each with a buffer on the host."""
 
 

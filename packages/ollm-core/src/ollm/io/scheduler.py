@@ -13,8 +13,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import ParamSpec, TypeVar
 
-WORKERS = 4
-"""Threads per disk. Flash disks need a few requests at once to run at full speed; more gain nothing at 1 – 4 MiB."""
+WORKERS = 8
+"""Threads per disk. Four requests of 4 MiB keep a flash disk busy; while attention computes on all cores, a worker
+waits for one before it can ask for more, and eight make up for that (measured: 1.5 against 1.1 times what is possible
+with half of the extents resident, on two cores)."""
 
 _NAME = "ollm-io"
 

@@ -226,6 +226,8 @@ class LayerHistory:
         """Split so many tokens into extents: as the store wants them, else of about equal size up to a limit."""
         assert self._layout is not None
         size = self._session.store.extent_tokens
+        if size is None and self._session.store.in_memory:
+            return [(0, tokens)]  # nothing is read: the fewer, the better
         if size is None:
             most = max(self._session.source.extent_bytes // self._layout.nbytes(self.rows, 1), 1)
             pieces = -(-tokens // most)

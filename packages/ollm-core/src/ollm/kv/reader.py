@@ -115,9 +115,6 @@ class BlockReader:
                 self._finish(read)
         finally:
             if at < len(extents):  # an error, or nobody wants the rest
-                if self._current is not None:
-                    self._finish(self._current)
-                    self._current = None
                 self.cancel()
 
     def in_use_until(self, wait_until: Wait) -> None:
@@ -134,6 +131,9 @@ class BlockReader:
 
     def cancel(self) -> None:
         """Give up what was read ahead; afterwards nothing is being read, and no buffer is in use."""
+        if self._current is not None:
+            self._finish(self._current)
+            self._current = None
         while self._ahead:
             self._finish(self._ahead.popleft())
         for wait_until in self._busy.values():

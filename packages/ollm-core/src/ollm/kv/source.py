@@ -28,6 +28,8 @@ from ollm.kv.staging import CudaStreams, Staging
 from ollm.kv.state import KVCounters
 from ollm.storage.tensors import LayerLayout
 
+_LEAST_SLICE_BYTES = 8 * 2**20
+
 Stored = tuple[Extent, RowMap]
 Outputs = Callable[[Extent], KVBlock | None]
 
@@ -134,15 +136,18 @@ class BlockSource:
             out: where a decoder that computes may put the result for an extent.
         """
         resident, cold = self._sort(past)
+        if cold:
+            resident = [piece for part in resident for piece in _slices(part, resident, len(cold))]
         done = 0
-        for index, loaded in enumerate(self._load_cold(cold, layout, out)):
-            due = (index + 1) * len(resident) // (len(cold) + 1)
-            for part in resident[done:due]:
-                yield from self._on_device(part)
-            done = due
-            yield loaded
-        for part in resident[done:]:
-            yield from self._on_device(part)
+        with closing(self._load_cold(cold, layout, out)) as read:
+            for index in range(1, len(cold) + 2):  # once more than there are, for `read` to come to its end
+                due = index * len(resident) // (len(cold) + 1)
+                for part in resident[done:due]:
+                    yield from self._on_device(part)
+                done = due
+                loaded = next(read, None)
+                if loaded is not None:
+                    yield loaded
 
     def close(self) -> None:
         """End all reading and forget what is resident. May be called twice."""
@@ -174,7 +179,9 @@ class BlockSource:
             at += count
         return resident, cold
 
-    def _load_cold(self, cold: Sequence[Stored], layout: LayerLayout, out: Outputs | None) -> Iterator[Loaded]:
+    def _load_cold(
+        self, cold: Sequence[Stored], layout: LayerLayout, out: Outputs | None
+    ) -> Generator[Loaded, None, None]:
         row_maps = dict(cold)
         extents = [extent for extent, _ in cold]
         raws = self._look_up(extents) if self._reader is None else self._reader.read(extents)
@@ -220,3 +227,17 @@ class BlockSource:
 
 def _is_cold(tiers: Sequence[Residency], extent: Extent) -> bool:
     return not any(tier.holds(extent) for tier in tiers)
+
+
+def _slices(part: Loaded, resident: Sequence[Loaded], gaps: int) -> Iterator[Loaded]:
+    """A resident part as several, so that there is about one for every gap between reads: while attention computes
+    with a large one, all buffers would fill up and the disk would stand still."""
+    tokens = part.block.keys.shape[2]
+    in_all = sum(other.block.keys.shape[2] for other in resident)
+    per_token = (part.block.keys.nbytes + part.block.values.nbytes) // tokens
+    size = max(-(-in_all // (gaps + 1)), _LEAST_SLICE_BYTES // per_token, 1)
+    for start in range(0, tokens, size):
+        span = slice(start, min(start + size, tokens))
+        yield Loaded(
+            part.start + start, part.row_map, KVBlock(part.block.keys[:, :, span], part.block.values[:, :, span])
+        )

@@ -102,17 +102,17 @@ class WriteBehind:
         Raises:
             StorageError: what the disk answered, then or now.
         """
-        for write in list(self._writes.values()):
-            error = write.error
-            if error is None:
-                continue
+        failed = [write for write in self._writes.values() if write.error is not None]
+        news = [write for write in failed if not write.reported]
+        for write in failed:
+            write.reported = True
+        for write in news or failed:
             try:
-                if not write.reported:
-                    write.reported = True
-                    raise error
+                if news:
+                    raise write.error or OSError()
                 write.action()
-            except OSError as failure:
-                raise self._explain(failure, write.nbytes) from failure
+            except OSError as error:
+                raise self._explain(error, write.nbytes) from error
             write.future = Future()
             write.future.set_result(None)
         self._collect()

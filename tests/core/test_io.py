@@ -1,0 +1,141 @@
+"""Worker threads, buffers and the probe for unbuffered I/O."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import threading
+
+import pytest
+import torch
+
+from core.faults import FaultyDisk, fails
+from core.storage_fixtures import get, open_storage, put
+from ollm.errors import MemoryLimitError
+from ollm.io import buffers as buffers_module
+from ollm.io.buffers import ALIGNMENT, BufferPool, aligned_buffer
+from ollm.io.scheduler import WORKERS, scheduler_of
+from ollm.memory import MemoryLedger
+from ollm.storage import datafile, shim
+
+
+def workers():
+    return [thread for thread in threading.enumerate() if thread.name.startswith("ollm-io")]
+
+
+@pytest.mark.parametrize("nbytes", [0, 1, ALIGNMENT, ALIGNMENT + 1, 5 * 2**20])
+def test_buffers_are_aligned_and_long_enough(nbytes):
+    buffer = aligned_buffer(nbytes)
+    assert buffer.data_ptr() % ALIGNMENT == 0
+    assert buffer.numel() % ALIGNMENT == 0
+    assert nbytes <= buffer.numel() < max(nbytes, 1) + ALIGNMENT
+
+
+def test_a_pool_makes_as_many_buffers_as_are_used_at_once_and_uses_them_again():
+    pool = BufferPool("Buffers", 3, ALIGNMENT)
+    assert pool.nbytes == 0
+    first, _ = pool.take(10), pool.take(ALIGNMENT)
+    assert pool.nbytes == 2 * ALIGNMENT
+    pool.give_back(first)
+    assert pool.take(5).data_ptr() == first.data_ptr()
+    third = pool.take(1)
+    assert not pool.has_free
+    pool.give_back(third)
+    larger = pool.take(3 * ALIGNMENT)
+    assert larger.numel() == 3 * ALIGNMENT
+    assert pool.nbytes == 5 * ALIGNMENT
+    pool.close()
+    pool.close()
+
+
+def test_a_pool_draws_on_the_ledger_and_gives_back(monkeypatch):
+    ledger = MemoryLedger()
+    monkeypatch.setattr(buffers_module, "ledger", ledger)
+    cpu = torch.device("cpu")
+    before = ledger.measure(cpu).host_free
+    pool = BufferPool("Buffers", 4, 2**30 // 4)
+    assert before - ledger.measure(cpu).host_free > 2**29
+    pool.close()
+    assert abs(before - ledger.measure(cpu).host_free) < 2**29
+    with pytest.raises(MemoryLimitError, match=r"Read buffers need .* of memory on cpu, and of .* free"):
+        BufferPool("Read buffers", 2, 2**49)
+
+
+def test_a_disk_has_one_scheduler_whose_threads_end_with_its_last_user(tmp_path):
+    before = len(workers())
+    first, second = scheduler_of(tmp_path), scheduler_of(tmp_path)
+    assert first is second
+    gate = threading.Barrier(WORKERS + 1)
+    futures = [first.submit(gate.wait, 30) for _ in range(WORKERS)]
+    gate.wait(30)  # all of them run at once
+    for future in futures:
+        future.result()
+    first.release()
+    assert second.submit(lambda: 7).result() == 7
+    second.release()
+    assert len(workers()) == before
+
+
+def test_requests_start_in_order(tmp_path):
+    scheduler, started = scheduler_of(tmp_path), []
+    for future in [scheduler.submit(started.append, number) for number in range(100)]:
+        future.result()
+    assert sorted(started) == list(range(100))
+    scheduler.release()
+
+
+def test_a_storage_that_is_closed_or_dropped_ends_its_threads(tmp_path):
+    before = len(workers())
+    storage = open_storage(tmp_path)
+    put(storage, b"x")
+    assert len(workers()) > before
+    storage.close()
+    assert len(workers()) == before
+    storage = open_storage(tmp_path)
+    put(storage, b"x", flush=False)
+    path = storage.path
+    del storage
+    assert len(workers()) == before
+    assert not path.exists()
+
+
+@pytest.mark.parametrize("refusal", ["open", "pread_into"])
+def test_a_mount_that_refuses_unbuffered_reads_is_asked_once_and_named_once(tmp_path, monkeypatch, caplog, refusal):
+    monkeypatch.setattr(datafile, "_unbuffered_mounts", {})
+
+    class Refusing(FaultyDisk):
+        def open(self, path, flags, mode=0o600):
+            if refusal == "open" and flags & shim.UNBUFFERED:
+                raise OSError(errno.EINVAL, "no")
+            return super().open(path, flags, mode)
+
+        def pread_into(self, fd, buffer, offset):
+            if refusal == "pread_into" and len(buffer) == ALIGNMENT:
+                raise OSError(errno.EINVAL, "no")
+            return super().pread_into(fd, buffer, offset)
+
+    disk = Refusing()
+    monkeypatch.setattr(shim, "disk", disk)
+    with caplog.at_level(logging.WARNING):
+        for _ in range(2):
+            storage = open_storage(tmp_path)
+            assert not storage.unbuffered
+            assert get(storage, put(storage, b"abc" * 5000)) == b"abc" * 5000
+            storage.close()
+    assert [record.message for record in caplog.records] == [
+        f"The file system of {tmp_path / 'kv_cache_test'} takes no unbuffered reads: keys and values go through the "
+        "page cache, and are dropped from it after use. A cache_dir on a local disk is faster."
+    ]
+    assert disk.operations.count("forget_cached") == 4
+
+
+def test_a_file_that_refuses_later_is_read_and_written_buffered(tmp_path, monkeypatch):
+    monkeypatch.setattr(datafile, "_unbuffered_mounts", {os.stat(tmp_path).st_dev: True})  # noqa: PTH116
+    once = FaultyDisk(fails(errno.EINVAL), 0, only=frozenset({"pwrite"}))
+    storage = open_storage(tmp_path)
+    monkeypatch.setattr(shim, "disk", once)
+    extent = put(storage, b"abc")
+    assert get(storage, extent) == b"abc"
+    assert once.operations == ["pwrite", "pwrite"]
+    storage.close()

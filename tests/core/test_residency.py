@@ -1,0 +1,114 @@
+"""What stays in memory: within the budget, evenly, in large pieces, and between the reads."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from core.engine_fixtures import EXTENT_BYTES, TOKENS, expected, joined, make_session, tokens, walk
+from ollm.kv import residency as module
+from ollm.kv import source
+from ollm.memory import MemoryLedger
+
+LAYERS, EXTENTS = 3, 8
+
+
+def resident(session, layer):
+    return [session.source._tier_of(extent) is not None for extent in session.store.extents(layer)]
+
+
+def test_neighbours_are_one_block_when_all_is_resident(tmp_path):
+    session, layers = make_session(tmp_path, layers=LAYERS, extents=EXTENTS, resident_bytes=2**30)
+    for index, layer in enumerate(layers):
+        blocks = walk(layer)
+        assert sorted(blocks) == [0, EXTENTS * TOKENS], "one block, and the newest token"
+        assert torch.equal(joined(blocks, EXTENTS * TOKENS), expected(index, EXTENTS))
+    assert session.store.stats().bytes_read == 0
+    assert session.source.resident_bytes == LAYERS * EXTENTS * EXTENT_BYTES
+    session.close()
+    assert session.source.resident_bytes == 0
+
+
+def test_every_layer_keeps_the_same_share_and_a_step_reads_the_rest(tmp_path):
+    session, layers = make_session(
+        tmp_path, layers=LAYERS, extents=EXTENTS, resident_bytes=LAYERS * 3 * EXTENT_BYTES + 100
+    )
+    for index, layer in enumerate(layers):
+        assert resident(session, index) == [True] * 3 + [False] * 5
+        assert torch.equal(joined(walk(layer), EXTENTS * TOKENS), expected(index, EXTENTS))
+    assert session.counters.loaded_bytes == LAYERS * 5 * EXTENT_BYTES
+    session.close()
+
+
+def test_resident_parts_come_between_the_reads(tmp_path, monkeypatch):
+    monkeypatch.setattr(source, "_LEAST_SLICE_BYTES", EXTENT_BYTES)
+    session, (layer,) = make_session(tmp_path, layers=1, extents=EXTENTS, resident_bytes=4 * EXTENT_BYTES)
+    order = [block.start // TOKENS for block in layer.handle(*tokens(1)).blocks()]
+    assert sorted(order) == list(range(EXTENTS + 1))
+    kinds = ["".join("r" if number < 4 else "d" for number in order[:-1])][0]
+    assert "rrr" not in kinds and "ddd" not in kinds
+    assert order[-1] == EXTENTS
+    session.close()
+
+
+def test_what_was_cropped_gives_its_room_back(tmp_path):
+    session, (layer,) = make_session(tmp_path, layers=1, extents=EXTENTS, resident_bytes=4 * EXTENT_BYTES)
+    layer.crop(2 * TOKENS)
+    assert session.source.resident_bytes == 2 * EXTENT_BYTES
+    for number in range(2, EXTENTS):
+        layer.append(*tokens(TOKENS, seed=number))
+    assert resident(session, 0) == [True] * 4 + [False] * 4
+    assert torch.equal(joined(walk(layer), EXTENTS * TOKENS), expected(0, EXTENTS))
+    layer.crop(0)
+    assert session.source.resident_bytes == 0
+    session.close()
+
+
+def test_another_batch_gets_pieces_of_its_own_shape(tmp_path):
+    session, (layer,) = make_session(tmp_path, layers=1, extents=2, resident_bytes=2**24)
+    layer.crop(0)
+    layer.append(*tokens(TOKENS, seed=5, rows=3))
+    assert torch.equal(joined(walk_rows(layer, 3), TOKENS), tokens(TOKENS, seed=5, rows=3)[0])
+    session.close()
+
+
+def walk_rows(layer, rows):
+    return {block.start: block.keys.clone() for block in layer.handle(*tokens(1, rows=rows)).blocks()}
+
+
+def test_rows_are_picked_from_resident_extents_one_at_a_time(tmp_path):
+    session, (layer,) = make_session(tmp_path, layers=1, extents=3, resident_bytes=2**24)
+    layer.select_rows(torch.tensor([0, 0]))
+    blocks = walk_rows(layer, 2)
+    assert sorted(blocks) == [0, TOKENS, 2 * TOKENS, 3 * TOKENS]
+    assert torch.equal(joined(blocks, 3 * TOKENS), expected(0, 3).repeat(2, 1, 1, 1))
+    session.close()
+
+
+def test_less_stays_where_less_memory_is_free_and_no_byte_is_wrong(tmp_path, monkeypatch):
+    class Full(MemoryLedger):
+        claims = 0
+
+        def try_claim(self, purpose, nbytes, device):
+            self.claims += 1
+            return super().try_claim(purpose, nbytes, device) if self.claims == 1 else None
+
+    monkeypatch.setattr(module, "ledger", Full())
+    monkeypatch.setattr(module, "MOST_PIECE_BYTES", 2 * EXTENT_BYTES)
+    session, (layer,) = make_session(tmp_path, layers=1, extents=EXTENTS, resident_bytes=2**30)
+    assert resident(session, 0) == [True] * 2 + [False] * 6
+    assert torch.equal(joined(walk(layer), EXTENTS * TOKENS), expected(0, EXTENTS))
+    session.close()
+
+
+def test_a_piece_that_cannot_be_made_gives_its_claim_back(tmp_path, monkeypatch):
+    ledger = MemoryLedger()
+    monkeypatch.setattr(module, "ledger", ledger)
+
+    def no_memory(*sizes, **kind):
+        raise MemoryError
+
+    monkeypatch.setattr(module.torch, "empty", no_memory)
+    with pytest.raises(MemoryError):
+        make_session(tmp_path, layers=1, extents=1, resident_bytes=2**24)
+    assert ledger._claims == []
