@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 PROGRESS = "@progress "
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
     from ollm.bench.memory import PeakMemory
@@ -34,12 +35,19 @@ def run(request: Request) -> Measured:
     from ollm.bench.rates import RawDisk
 
     if request.case.kind in ("static", "dynamic"):
-        return _in_memory(request)
+        return _without_gradients(lambda: _in_memory(request))
     say("writing a file to measure the disk with")
     with RawDisk(Path(request.folder), request.sample_bytes) as disk:
-        if request.case.kind == "strategy":
-            return _on_disk(request, disk)
-        return _disk_alone(disk)
+        if request.case.kind == "disk":
+            return _disk_alone(disk)
+        return _without_gradients(lambda: _on_disk(request, disk))
+
+
+def _without_gradients(measure: Callable[[], Measured]) -> Measured:
+    import torch
+
+    with torch.inference_mode():
+        return measure()
 
 
 def _disk_alone(disk: RawDisk) -> Measured:
@@ -176,7 +184,7 @@ def _filling(share: float) -> None:
     say(f"filling {share:.0%}")
 
 
-def _timed(action: Any) -> float:
+def _timed(action: Callable[[], None]) -> float:
     began = time.perf_counter()
     action()
     return time.perf_counter() - began
@@ -185,12 +193,10 @@ def _timed(action: Any) -> float:
 def main() -> None:
     text = sys.stdin.read()
     import cattrs
-    import torch
 
     from ollm.bench.records import Request
 
-    with torch.inference_mode():
-        print(json.dumps(cattrs.unstructure(run(cattrs.structure(json.loads(text), Request)))))
+    print(json.dumps(cattrs.unstructure(run(cattrs.structure(json.loads(text), Request)))))
 
 
 if __name__ == "__main__":

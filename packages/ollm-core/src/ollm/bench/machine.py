@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 import platform
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import importlib_metadata
 import psutil
+
+from ollm.bench.records import Outcome
 
 MOUNTS = Path("/proc/mounts")
 CPUINFO = Path("/proc/cpuinfo")
@@ -61,3 +64,20 @@ def _cpu_model() -> str:
     except OSError:
         pass
     return platform.processor() or platform.machine()
+
+
+def notes(machine: dict[str, Any], outcomes: Sequence[Outcome]) -> list[str]:
+    """What a reader must know before believing the numbers: everything that could not be done here."""
+    found = []
+    if machine["file_system"] in IN_MEMORY:
+        found.append(f"{machine['file_system']} is in memory, so no disk was measured: choose another --cache-dir")
+    measured = [outcome.measured for outcome in outcomes if outcome.measured and outcome.case.kind == "strategy"]
+    found += sorted({f"page cache {one.page_cache}" for one in measured if one.page_cache.startswith("not")})
+    if any(one.rates and not one.rates.direct for one in measured):
+        found.append("O_DIRECT is refused here: raw rates go through the kernel's cache, which was told to forget")
+    tensor = sorted(
+        {str(outcome.case.strategy) for outcome in outcomes if outcome.measured and outcome.measured.mode == "tensor"}
+    )
+    if tensor:
+        found.append(f"{', '.join(tensor)}: tensor mode, because this model does not take blocks")
+    return found

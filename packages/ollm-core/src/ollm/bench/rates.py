@@ -128,9 +128,7 @@ def _takes_direct(folder: Path) -> bool:
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | _DIRECT, 0o600)
         try:
             with mmap.mmap(-1, mmap.PAGESIZE) as page, memoryview(page) as view:
-                return all(
-                    count == mmap.PAGESIZE for count in (os.pwritev(fd, [view], 0), os.preadv(fd, [view], 0))
-                )
+                return all(count == mmap.PAGESIZE for count in (os.pwritev(fd, [view], 0), os.preadv(fd, [view], 0)))
         finally:
             os.close(fd)
     except OSError:

@@ -83,7 +83,12 @@ def _run(request: Request, memory_limit: int | None, say: Callable[[str], None])
     command = [sys.executable, "-m", "ollm.bench.case"]
     with memory_group(memory_limit) as group:
         process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=_environment()
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=_environment(),
         )
         try:
             if group is not None:

@@ -66,8 +66,13 @@ def _verdicts(
         share = measured.bytes_written / measured.fill_seconds / measured.rates.write
         found.append(
             Verdict(
-                bar="P8", what="filling, of the raw write rate", value=share, limit=_LEAST_OF_WRITING,
-                at_least=True, unit="x", reached=share >= _LEAST_OF_WRITING,
+                bar="P8",
+                what="filling, of the raw write rate",
+                value=share,
+                limit=_LEAST_OF_WRITING,
+                at_least=True,
+                unit="x",
+                reached=share >= _LEAST_OF_WRITING,
             )  # fmt: skip
         )
     return found
