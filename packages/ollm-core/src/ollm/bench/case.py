@@ -66,7 +66,9 @@ def _in_memory(request: Request) -> Measured:
     from ollm.bench.records import Measured
 
     model, memory = _load(request)
-    tokens, fill_peaks, decode_peaks = request.case.tokens, [], []
+    tokens = request.case.tokens
+    fill_peaks: list[int] = []
+    decode_peaks: list[int] = []
     if request.case.kind == "static":
         cache = StaticCache(config=model.config, max_cache_len=cache_tokens(tokens, request.steps))
     else:

@@ -44,8 +44,8 @@ def checkpoint_geometry(folder: Path, dtype: str | None) -> Geometry:
     kinds = {kind for kind, _ in layer_types(text)}
     if kinds != {STORED_LAYER_TYPE}:
         raise ConfigurationError(
-            f"--model {folder}: it has layers of type {', '.join(sorted(kinds))}, and only full attention can be filled "
-            "with random keys and values. Give a model whose layers all have full attention, such as a Llama."
+            f"--model {folder}: it has layers of type {', '.join(sorted(kinds))}, and only full attention can be "
+            "filled with random keys and values. Give a model whose layers all have full attention, such as a Llama."
         )
     weights = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     if not weights:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -19,10 +20,10 @@ def show_progress(total: int, console: Console) -> Iterator[Progress]:
 
         def tell(index: int, case: Case, what: str) -> None:
             nonlocal last
-            kind = what.rstrip("0123456789%")  # a log needs no line for every percent
-            if f"{index} {kind}" != last:
+            kind = f"{index} {re.sub(r'[0-9]', '', what)}"  # a log needs no line for every percent and step
+            if kind != last:
                 console.out(_line(index, total, case, what), highlight=False)
-            last = f"{index} {kind}"
+            last = kind
 
         yield tell
         return

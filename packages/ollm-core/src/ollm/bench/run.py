@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import shutil
@@ -64,7 +65,7 @@ def run_cases(
             steps=steps,
             sample_bytes=sample_bytes(geometry, case.tokens),
         )
-        outcomes.append(_run(request, memory_limit, lambda what, at=index, its=case: progress(at, its, what)))
+        outcomes.append(_run(request, memory_limit, functools.partial(progress, index, case)))
     return outcomes
 
 

@@ -73,7 +73,7 @@ def _verdicts(
                 at_least=True,
                 unit="x",
                 reached=share >= _LEAST_OF_WRITING,
-            )  # fmt: skip
+            )
         )
     return found
 

@@ -17,10 +17,48 @@ from ollm.units import parse_size
 
 if TYPE_CHECKING:
     from ollm.bench.records import Geometry, Report
+    from ollm.registry import Offer
 
 bench = typer.Typer(help="Measure ollm on this machine.", no_args_is_help=True)
 
 _DEFAULTS = {"--layers": 16, "--kv-heads": 8, "--head-dim": 128}
+
+# the options of `kv`, with the texts of its help
+_Tokens = Annotated[str, typer.Option(help="Context lengths, separated by commas.")]
+_Layers = Annotated[int | None, typer.Option(help="Layers of a Llama with random weights. Default: 16.")]
+_KVHeads = Annotated[int | None, typer.Option(help="Its KV heads; query heads are twice as many. Default: 8.")]
+_HeadDim = Annotated[int | None, typer.Option(help="The size of a head. Default: 128.")]
+_Dtype = Annotated[
+    str | None, typer.Option(help="float32, bfloat16 or float16. Default: bfloat16, or the checkpoint's own.")
+]
+_Model = Annotated[
+    Path | None, typer.Option(metavar="DIR", help="Decode with this checkpoint instead of random weights.")
+]
+_Strategies = Annotated[
+    str | None,
+    typer.Option(help="KV strategies, separated by commas. Default: all lossless ones that keep every token on disk."),
+]
+_Budget = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SIZE", help="Keep this much resident, such as 512MiB, instead of nothing, half and everything."
+    ),
+]
+_CacheDir = Annotated[
+    Path,
+    typer.Option(
+        metavar="DIR",
+        help="Where the disk to measure is mounted; what is written is removed. /tmp may be in memory.",
+        show_default="the current directory",
+    ),
+]
+_Limit = Annotated[
+    str | None,
+    typer.Option(metavar="SIZE", help="Run each case inside a memory cgroup of this size; needs root."),
+]
+_Steps = Annotated[int, typer.Option(help="Decode steps to measure in each case; their median counts.")]
+_Json = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write all that was measured to this file.")]
+_Plot = Annotated[Path | None, typer.Option(metavar="FILE.png", help="Draw the result; needs the extra 'plot'.")]
 
 
 @bench.callback()
@@ -30,20 +68,20 @@ def _bench() -> None:
 
 @bench.command()
 def kv(
-    tokens: Annotated[str, typer.Option(help="Context lengths, separated by commas.")] = "32768",
-    layers: Annotated[int | None, typer.Option(help="Layers of the model with random weights. Default: 16.")] = None,
-    kv_heads: Annotated[int | None, typer.Option(help="Its KV heads; it has twice as many query heads. Default: 8.")] = None,
-    head_dim: Annotated[int | None, typer.Option(help="The size of a head. Default: 128.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16. Default: bfloat16, or the checkpoint's.")] = None,
-    model: Annotated[Path | None, typer.Option(help="Decode with this checkpoint instead of a model with random weights.")] = None,
-    strategies: Annotated[str | None, typer.Option(help="KV strategies, separated by commas. Default: all lossless ones that keep every token on disk.")] = None,
-    ram_budget: Annotated[str | None, typer.Option(help="Keep this much resident, such as 512MiB, instead of nothing, half and everything.")] = None,
-    cache_dir: Annotated[Path, typer.Option(help="A folder on the disk to measure. /tmp may be in memory. What is written there is removed.")] = Path(),
-    memory_limit: Annotated[str | None, typer.Option(help="Run each case inside a memory cgroup of this size; needs root.")] = None,
-    steps: Annotated[int, typer.Option(help="Decode steps to measure in each case; the median counts.")] = 5,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write everything that was measured to this file.")] = None,
-    plot: Annotated[Path | None, typer.Option(help="Draw the result into this PNG; needs the extra plot.")] = None,
-) -> None:  # fmt: skip
+    tokens: _Tokens = "32768",
+    layers: _Layers = None,
+    kv_heads: _KVHeads = None,
+    head_dim: _HeadDim = None,
+    dtype: _Dtype = None,
+    model: _Model = None,
+    strategies: _Strategies = None,
+    ram_budget: _Budget = None,
+    cache_dir: _CacheDir = Path(),
+    memory_limit: _Limit = None,
+    steps: _Steps = 5,
+    json_file: _Json = None,
+    plot: _Plot = None,
+) -> None:
     """Measure decoding from disk: each KV strategy, transformers' caches in memory, and the disk alone.
 
     Every case runs in its own process, on the CPU. A case that cannot fit is refused and the others go on. Exit code 1
@@ -161,39 +199,39 @@ def _strategies(text: str | None) -> list[str]:
     if text is None:
         facts = {names.name_of(offer): offer.strategy.facts for offer in names.offers(Kind.KV_STORE)}
         return [name for name, its in facts.items() if its and its.lossless and its.full_history and its.directory]
-    chosen = []
-    for part in text.split(","):
-        offer = names.get(Kind.KV_STORE, part.strip())
-        facts = offer.strategy.facts
-        if not facts or not facts.full_history or facts.directory is None:
-            raise ConfigurationError(
-                f"--strategies {part.strip()}: it keeps {'nothing on disk' if facts and facts.full_history else 'a window'}, "
-                "so there is nothing to compare. Choose strategies that keep every token on disk: see 'ollm plugins -v'."
-            )
-        chosen.append(names.name_of(offer))
-    return list(dict.fromkeys(chosen))
+    return list(
+        dict.fromkeys(names.name_of(_on_disk(names.get(Kind.KV_STORE, part.strip()))) for part in text.split(","))
+    )
 
 
-def _geometry(model: Path | None, given: dict[str, int | None], dtype: str | None) -> Geometry:
+def _on_disk(offer: Offer) -> Offer:
+    """The same, if it can be compared with the disk."""
+    facts = offer.strategy.facts
+    if facts is None or facts.directory is None or not facts.full_history:
+        raise ConfigurationError(
+            f"--strategies {offer.strategy.name}: it does not keep every token on disk, so there is nothing to compare. "
+            "Leave it away; 'ollm plugins -v' says where each strategy keeps what."
+        )
+    return offer
+
+
+def _geometry(model: Path | None, sizes: dict[str, int | None], dtype: str | None) -> Geometry:
     from ollm.bench.records import DTYPE_BYTES
 
     if dtype is not None and dtype not in DTYPE_BYTES:
         raise ConfigurationError(f"--dtype {dtype}: choose one of {', '.join(DTYPE_BYTES)}.")
-    named = [option for option, value in given.items() if value is not None]
+    named = {option: value for option, value in sizes.items() if value is not None}
     if model is not None and named:
         raise ConfigurationError(
-            f"--model and {named[0]}: the checkpoint has a geometry of its own. Leave one of them away."
+            f"--model and {next(iter(named))}: the checkpoint has a geometry of its own. Leave one of them away."
         )
     if model is not None and not (model / "config.json").is_file():
         raise ConfigurationError(f"--model {model}: there is no config.json. Give the folder of a checkpoint.")
-    sizes = [
-        _at_least_one(option, value if (value := given[option]) is not None else default)
-        for option, default in _DEFAULTS.items()
-    ]
-    if sizes[-1] % 2:
-        raise ConfigurationError(f"--head-dim {sizes[-1]}: rotary positions need an even number.")
+    layers, kv_heads, head_dim = (_at_least_one(*size) for size in {**_DEFAULTS, **named}.items())
+    if head_dim % 2:
+        raise ConfigurationError(f"--head-dim {head_dim}: rotary positions need an even number.")
     from ollm.bench.models import checkpoint_geometry, synthetic_geometry
 
     if model is not None:
         return checkpoint_geometry(model, dtype)
-    return synthetic_geometry(*sizes, dtype or "bfloat16")
+    return synthetic_geometry(layers, kv_heads, head_dim, dtype or "bfloat16")
