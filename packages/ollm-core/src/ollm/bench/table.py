@@ -10,7 +10,7 @@ from rich.text import Text
 
 from ollm.bench.records import Geometry, Outcome, Report, Verdict
 
-_COLUMNS = ("case", "s/token", "MB/token", "GB/s of", "x possible", "peak MB", "verdict")
+_COLUMNS = ("case", "s per token", "MB per token", "GB/s of possible", "times possible", "peak MB", "verdict")
 _WIDE = 110
 """From this many columns on there is room for long bars."""
 _PARTS = " ▏▎▍▌▋▊▉█"
@@ -25,8 +25,9 @@ def print_report(report: Report, console: Console) -> None:
 def headline(report: Report) -> str:
     """Geometry, machine and date."""
     machine = report.machine
+    lengths = " and ".join(f"{tokens:,}" for tokens in _lengths(report))
     return (
-        f"{describe(report.geometry)}; {machine['cpu']}, {machine['cores']} cores, "
+        f"{describe(report.geometry)}; {lengths} tokens; {machine['cpu']}, {machine['cores']} cores, "
         f"{machine['memory_bytes'] / 2**30:.0f} GiB, {machine['file_system']}; {report.date}"
     )
 
@@ -41,7 +42,7 @@ def describe(geometry: Geometry) -> str:
 
 
 def _print_plain(report: Report, console: Console) -> None:
-    rows = [_COLUMNS, *(_cells(outcome) for outcome in _cached(report))]
+    rows = [_COLUMNS, *(_cells(outcome, report) for outcome in _cached(report))]
     widths = [max(len(row[column]) for row in rows) for column in range(len(_COLUMNS))]
     lines = [headline(report), *_disk_lines(report), *(f"note: {note}" for note in report.notes), ""]
     for row in rows:
@@ -61,7 +62,9 @@ def _print_rich(report: Report, console: Console) -> None:
         console.print(Text(line))
     for note in report.notes:
         console.print(Text(f"note: {note}", style="yellow"))
+    console.print()
     console.print(_table(report, bar_width=20 if console.width >= _WIDE else 6))
+    console.print()
     for where, verdict in _all_verdicts(report):
         console.print(Text(f"{where}: {_sentence(verdict)}", style="green" if verdict.reached else "red"))
 
@@ -69,24 +72,26 @@ def _print_rich(report: Report, console: Console) -> None:
 def _table(report: Report, bar_width: int) -> Table:
     table = Table(box=None, padding=(0, 1, 0, 0), header_style="bold", pad_edge=False)
     table.add_column(_COLUMNS[0])
-    table.add_column(_COLUMNS[1], justify="right")
+    table.add_column(_in_two_lines(_COLUMNS[1]), justify="right")
     table.add_column("", width=bar_width, no_wrap=True)
     for name in _COLUMNS[2:-1]:
-        table.add_column(name, justify="right")
+        table.add_column(_in_two_lines(name), justify="right")
     table.add_column(_COLUMNS[-1])
     outcomes = _cached(report)
     longest = max((_seconds(outcome) for outcome in outcomes), default=0.0)
     for outcome in outcomes:
-        name, seconds, *middle, verdict = _cells(outcome)
+        name, seconds, *middle, verdict = _cells(outcome, report)
         bar = Text(_bar(_seconds(outcome), longest, bar_width), style=_colour(outcome))
         last = _marks(outcome) if outcome.verdicts else Text(verdict, style="" if outcome.measured else "yellow")
         table.add_row(Text(name), seconds, bar, *middle, last)
     return table
 
 
-def _cells(outcome: Outcome) -> tuple[str, ...]:
+def _cells(outcome: Outcome, report: Report) -> tuple[str, ...]:
     """One text for each column, in the order of `_COLUMNS`."""
-    name = f"{outcome.case.label.removesuffix(' resident')}, {outcome.case.tokens:,}"
+    name = outcome.case.label.removesuffix(" resident")
+    if len(_lengths(report)) > 1:
+        name += f", {outcome.case.tokens:,}"
     measured = outcome.measured
     if measured is None:
         return (name, *[""] * (len(_COLUMNS) - 2), f"{outcome.status}: {outcome.reason}")
@@ -103,10 +108,24 @@ def _cells(outcome: Outcome) -> tuple[str, ...]:
         reading,
         times,
         f"{measured.peak / 1e6:,.0f}",
-        " ".join(f"{verdict.bar} {'ok' if verdict.reached else 'missed'}" for verdict in outcome.verdicts) or "baseline"
-        if outcome.case.kind != "strategy" or outcome.verdicts
-        else "",
+        _verdict_text(outcome),
     )
+
+
+def _lengths(report: Report) -> list[int]:
+    return list(dict.fromkeys(outcome.case.tokens for outcome in _cached(report)))
+
+
+def _in_two_lines(name: str) -> str:
+    """A heading as narrow as its numbers."""
+    head, _, last = name.rpartition(" ")
+    return f"{head}\n{last}"
+
+
+def _verdict_text(outcome: Outcome) -> str:
+    if outcome.case.kind != "strategy":
+        return "baseline"
+    return " ".join(f"{verdict.bar} {'ok' if verdict.reached else 'missed'}" for verdict in outcome.verdicts)
 
 
 def _marks(outcome: Outcome) -> Text:
