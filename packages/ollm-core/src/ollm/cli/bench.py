@@ -199,9 +199,8 @@ def _strategies(text: str | None) -> list[str]:
     if text is None:
         facts = {names.name_of(offer): offer.strategy.facts for offer in names.offers(Kind.KV_STORE)}
         return [name for name, its in facts.items() if its and its.lossless and its.full_history and its.directory]
-    return list(
-        dict.fromkeys(names.name_of(_on_disk(names.get(Kind.KV_STORE, part.strip()))) for part in text.split(","))
-    )
+    chosen = [_on_disk(names.get(Kind.KV_STORE, part.strip())) for part in text.split(",")]
+    return list(dict.fromkeys(map(names.name_of, chosen)))
 
 
 def _on_disk(offer: Offer) -> Offer:
@@ -209,7 +208,7 @@ def _on_disk(offer: Offer) -> Offer:
     facts = offer.strategy.facts
     if facts is None or facts.directory is None or not facts.full_history:
         raise ConfigurationError(
-            f"--strategies {offer.strategy.name}: it does not keep every token on disk, so there is nothing to compare. "
+            f"--strategies {offer.strategy.name}: it does not keep every token on disk, so nothing can be compared. "
             "Leave it away; 'ollm plugins -v' says where each strategy keeps what."
         )
     return offer
