@@ -161,7 +161,6 @@ def test_a_small_run(tmp_path):
     assert [outcome.status for outcome in report.outcomes] == ["done"] * 4
     measured = report.outcomes[-1].measured
     assert len(measured.step_seconds) == 2
-    assert 0 < measured.bytes_per_step <= 202 * 256
-    assert measured.bytes_written >= 0
+    assert 128 * 256 <= measured.bytes_per_step <= 2 * 202 * 256  # the tail is in memory; records are padded
     assert len(measured.rates.reads) == 3  # before, between and after the two steps
     assert [path.name for path in tmp_path.iterdir()] == ["r.json"]

@@ -8,7 +8,7 @@ import attrs
 import cattrs
 import pytest
 
-from ollm.bench.plan import Free, disk_needed, memory_needed, plan_cases, sample_bytes, why_refused
+from ollm.bench.plan import PROCESS_BYTES, Free, disk_needed, memory_needed, plan_cases, sample_bytes, why_refused
 from ollm.bench.records import Case, Geometry, Measured, Outcome, Rates, Report, Sample
 from ollm.bench.verdicts import judge
 
@@ -64,7 +64,7 @@ def test_a_budget_replaces_the_series(budget, residency):
 
 
 def test_memory_that_each_case_needs():
-    model = GEOMETRY.model_bytes
+    model = GEOMETRY.model_bytes + PROCESS_BYTES
     assert memory_needed(Case(kind="disk", tokens=TOKENS), GEOMETRY) == 0
     assert memory_needed(Case(kind="static", tokens=TOKENS), GEOMETRY) == EVERYTHING + model
     assert memory_needed(Case(kind="dynamic", tokens=TOKENS), GEOMETRY) == EVERYTHING * 18 // 16 + model
@@ -75,7 +75,7 @@ def test_what_cannot_fit_is_refused_with_both_numbers():
     static = Case(kind="static", tokens=TOKENS)
     assert why_refused(static, GEOMETRY, PLENTY) == ""
     assert (
-        why_refused(static, GEOMETRY, attrs.evolve(PLENTY, memory=10**9)) == "needs 2,547 MB of memory, 1,000 MB free"
+        why_refused(static, GEOMETRY, attrs.evolve(PLENTY, memory=10**9)) == "needs 2,797 MB of memory, 1,000 MB free"
     )
     assert why_refused(static, GEOMETRY, attrs.evolve(PLENTY, disk=0)) == ""
     assert "of disk, 1,000 MB free" in why_refused(strategy("nothing"), GEOMETRY, attrs.evolve(PLENTY, disk=10**9))

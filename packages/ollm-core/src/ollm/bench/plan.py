@@ -10,6 +10,8 @@ from ollm.bench.records import Case, Geometry
 
 STRATEGY_BYTES = 300 * 10**6
 """What a strategy may take beside what it keeps resident, and so what is set aside for it."""
+PROCESS_BYTES = 250 * 10**6
+"""What Python with torch and transformers takes before there is a model."""
 LEAST_FREE_DISK = 256 * 2**20
 """Stores leave this much free and refuse to write otherwise."""
 SLACK_TOKENS = 64
@@ -80,7 +82,7 @@ def memory_needed(case: Case, geometry: Geometry) -> int:
         "dynamic": everything + 2 * layer,  # a step copies a layer's keys and values to append to them
         "strategy": (case.ram_budget or 0) + STRATEGY_BYTES,
     }[case.kind]
-    return cache + (0 if case.kind == "disk" else geometry.model_bytes)
+    return cache + (0 if case.kind == "disk" else PROCESS_BYTES + geometry.model_bytes)
 
 
 def disk_needed(case: Case, geometry: Geometry) -> int:
