@@ -57,7 +57,7 @@ def printed(report, **settings):
 def test_plain_lines_have_no_colours_and_no_boxes(report):
     text = printed(report, force_terminal=False)
     assert text.isascii()
-    assert re.search(r"^chunked, nothing +0\.500 +0 +0\.00/0\.00 +1\.00 +100 +P1 ok P2 ok$", text, re.MULTILINE)
+    assert re.search(r"^chunked, nothing +0\.500 +0\.0 +0\.00/0\.00 +1\.00 +100 +P1 ok P2 ok$", text, re.MULTILINE)
     assert re.search(r"^DynamicCache +refused: needs 9 MB of memory, 1 MB free$", text, re.MULTILINE)
     assert "raw disk: reads 1.00 GB/s, writes 0.50 GB/s (unbuffered" in text
     assert "note: page cache not dropped" in text

@@ -10,6 +10,8 @@ from typing import Any
 
 import attrs
 
+from ollm.units import format_size
+
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -55,7 +57,7 @@ class Case:
         if self.kind != "strategy":
             return names[self.kind]
         if self.residency == "budget":
-            return f"{self.strategy}, {(self.ram_budget or 0) / 1e6:,.0f} MB resident"
+            return f"{self.strategy}, {format_size(self.ram_budget or 0)} resident"
         return f"{self.strategy}, {self.residency} resident"
 
 

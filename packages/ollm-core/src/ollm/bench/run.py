@@ -11,7 +11,7 @@ import sys
 import tempfile
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import cattrs
@@ -102,8 +102,9 @@ def _run(request: Request, memory_limit: int | None, say: Callable[[str], None])
 
 def _talk(process: subprocess.Popen[str], request: Request, say: Callable[[str], None]) -> Outcome:
     assert process.stdin and process.stdout and process.stderr
-    process.stdin.write(json.dumps(cattrs.unstructure(request)))
-    process.stdin.close()
+    with suppress(BrokenPipeError):  # it died already; its exit code says how
+        process.stdin.write(json.dumps(cattrs.unstructure(request)))
+        process.stdin.close()
     process.stdin = None  # `communicate` would flush it again
     errors = deque[str](maxlen=20)
     for line in process.stderr:

@@ -95,6 +95,7 @@ def _cells(outcome: Outcome, report: Report) -> tuple[str, ...]:
     measured = outcome.measured
     if measured is None:
         return (name, *[""] * (len(_COLUMNS) - 2), f"{outcome.status}: {outcome.reason}")
+    megabytes = measured.bytes_per_step / 1e6
     reading, times = "", f"{outcome.possible:.2f}" if outcome.possible else ""
     if measured.bytes_per_step and outcome.achievable_seconds:
         achieved, achievable = (
@@ -104,7 +105,7 @@ def _cells(outcome: Outcome, report: Report) -> tuple[str, ...]:
     return (
         name,
         f"{measured.seconds:.3f}",
-        f"{measured.bytes_per_step / 1e6:,.0f}",
+        f"{megabytes:,.{1 if 0 < megabytes < 10 else 0}f}",
         reading,
         times,
         f"{measured.peak / 1e6:,.0f}",
