@@ -84,9 +84,7 @@ def test_a_name_of_a_distribution_that_does_not_exist_yet_says_so(installer):
         installer.registry().get(Kind.KV_STORE, "tiered-write-back")
 
 
-@pytest.mark.parametrize(
-    ("kind", "name"), [(Kind.OFFLOAD_PLACEMENT, "fit"), (Kind.OFFLOAD_PLACEMENT, "interleaved")]
-)
+@pytest.mark.parametrize(("kind", "name"), [(Kind.OFFLOAD_PLACEMENT, "fit"), (Kind.OFFLOAD_PLACEMENT, "interleaved")])
 def test_a_name_that_its_distribution_does_not_offer_yet_says_so(installer, kind, name):
     """An install command would send people in a circle."""
     with pytest.raises(UnknownStrategyError, match="for ollm-offload, which does not offer it yet") as caught:

@@ -51,6 +51,16 @@ def test_resident_parts_come_between_the_reads(tmp_path, monkeypatch):
     session.close()
 
 
+def test_pieces_double_so_that_little_is_set_aside_for_what_may_never_come(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "LEAST_PIECE_BYTES", EXTENT_BYTES)
+    monkeypatch.setattr(module, "MOST_PIECE_BYTES", 4 * EXTENT_BYTES)
+    session, (layer,) = make_session(tmp_path, layers=1, extents=13, resident_bytes=2**30)
+    (tier,) = session.source._tiers
+    assert [piece.claim.nbytes // EXTENT_BYTES for piece in tier._pieces[0]] == [1, 1, 2, 4, 4, 4]
+    assert torch.equal(joined(walk(layer), 13 * TOKENS), expected(0, 13))
+    session.close()
+
+
 def test_what_was_cropped_gives_its_room_back(tmp_path):
     session, (layer,) = make_session(tmp_path, layers=1, extents=EXTENTS, resident_bytes=4 * EXTENT_BYTES)
     layer.crop(2 * TOKENS)
@@ -94,7 +104,7 @@ def test_less_stays_where_less_memory_is_free_and_no_byte_is_wrong(tmp_path, mon
             return super().try_claim(purpose, nbytes, device) if self.claims == 1 else None
 
     monkeypatch.setattr(module, "ledger", Full())
-    monkeypatch.setattr(module, "MOST_PIECE_BYTES", 2 * EXTENT_BYTES)
+    monkeypatch.setattr(module, "LEAST_PIECE_BYTES", 2 * EXTENT_BYTES)
     session, (layer,) = make_session(tmp_path, layers=1, extents=EXTENTS, resident_bytes=2**30)
     assert resident(session, 0) == [True] * 2 + [False] * 6
     assert torch.equal(joined(walk(layer), EXTENTS * TOKENS), expected(0, EXTENTS))
@@ -105,10 +115,10 @@ def test_a_piece_that_cannot_be_made_gives_its_claim_back(tmp_path, monkeypatch)
     ledger = MemoryLedger()
     monkeypatch.setattr(module, "ledger", ledger)
 
-    def no_memory(*sizes, **kind):
+    def no_memory(nbytes, *, pinned):
         raise MemoryError
 
-    monkeypatch.setattr(module.torch, "empty", no_memory)
+    monkeypatch.setattr(module, "aligned_buffer", no_memory)
     with pytest.raises(MemoryError):
         make_session(tmp_path, layers=1, extents=1, resident_bytes=2**24)
     assert ledger._claims == []

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from ollm import __version__
+from ollm.cli.bench import bench
 from ollm.cli.doctor import doctor
 from ollm.cli.plugins import plugins
 from ollm.errors import OllmError
@@ -38,6 +39,7 @@ def _root(
 
 app.command()(plugins)
 app.command()(doctor)
+app.add_typer(bench, name="bench")
 
 
 def main() -> None:

@@ -9,6 +9,7 @@ Neighbours lie side by side in pieces much larger than a read: attention then ru
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import attrs
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ollm.contracts.kv import Extent, KVBlock
+from ollm.io.buffers import aligned_buffer
 from ollm.memory import Claim, ledger
 from ollm.storage.tensors import LayerLayout
 
@@ -23,7 +25,9 @@ MOST_EXTENT_BYTES = 4 * 2**20
 LEAST_EXTENT_BYTES = 2**20
 """Reads of 1 – 4 MiB run at the speed of the disk."""
 
+LEAST_PIECE_BYTES = 8 * 2**20
 MOST_PIECE_BYTES = 64 * 2**20
+"""Pieces of a layer double in size up to this, so that what is set aside is at most about twice what is used."""
 
 
 @attrs.define(eq=False)
@@ -155,21 +159,22 @@ class Residency:
         (rows, heads, tokens, key_size), value_size = block.keys.shape, block.values.shape[3]
         per_token = (block.keys.nbytes + block.values.nbytes) // tokens
         taken = sum(piece.claim.nbytes for piece in self._pieces[extent.layer])
-        most = tokens if self._staged else max(MOST_PIECE_BYTES // per_token, tokens)
-        room = min((self._share - taken) // per_token, most)
+        wanted = 0 if self._staged else min(max(taken, LEAST_PIECE_BYTES), MOST_PIECE_BYTES) // per_token
+        room = min((self._share - taken) // per_token, max(wanted, tokens))
         if room < tokens:
             return None
         claim = ledger.try_claim("resident keys and values", room * per_token, self._device)
         if claim is None:
             return None
         try:
-            keys, values = (
-                torch.empty(
-                    rows, heads, room, size, dtype=block.keys.dtype, device=self._device, pin_memory=self._staged
-                )
-                for size in (key_size, value_size)
-            )
+            keys, values = (self._empty((rows, heads, room, size), block.keys.dtype) for size in (key_size, value_size))
         except BaseException:
             claim.release()
             raise
         return _Piece(keys, values, claim, extent.start)
+
+    def _empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        if self._device.type != "cpu":
+            return torch.empty(shape, dtype=dtype, device=self._device)
+        nbytes = math.prod(shape) * dtype.itemsize
+        return aligned_buffer(nbytes, pinned=self._staged)[:nbytes].view(dtype).view(shape)

@@ -1,0 +1,216 @@
+"""One case in its own process: `python -m ollm.bench.case`, request as JSON on stdin, result as JSON on stdout.
+
+Progress goes to stderr in lines that begin with `PROGRESS`. Nothing is imported before the request has come, so that
+whoever started this process can first put it where its memory is limited.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from contextlib import closing
+from typing import TYPE_CHECKING, Any
+
+PROGRESS = "@progress "
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from ollm.bench.memory import PeakMemory
+    from ollm.bench.rates import RawDisk
+    from ollm.bench.records import Measured, Request
+
+
+def say(what: str) -> None:
+    """Tell whoever started this process what it does now."""
+    print(f"{PROGRESS}{what}", file=sys.stderr, flush=True)
+
+
+def run(request: Request) -> Measured:
+    """Measure what the request asks for."""
+    from pathlib import Path
+
+    from ollm.bench.rates import RawDisk
+
+    if request.case.kind in ("static", "dynamic"):
+        return _without_gradients(lambda: _in_memory(request))
+    say("writing a file to measure the disk with")
+    with RawDisk(Path(request.folder), request.sample_bytes) as disk:
+        if request.case.kind == "disk":
+            return _disk_alone(disk)
+        return _without_gradients(lambda: _on_disk(request, disk))
+
+
+def _without_gradients(measure: Callable[[], Measured]) -> Measured:
+    import torch
+
+    with torch.inference_mode():
+        return measure()
+
+
+def _disk_alone(disk: RawDisk) -> Measured:
+    from ollm.bench.records import Measured
+
+    say("reading it")
+    disk.read_all()
+    return Measured(rates=disk.rates)
+
+
+def _in_memory(request: Request) -> Measured:
+    from transformers import DynamicCache, StaticCache
+
+    from ollm.bench.models import decode_one, fill_by_layers, random_keys_and_values
+    from ollm.bench.plan import WARM_UP_STEPS, cache_tokens
+    from ollm.bench.records import Measured
+
+    model, memory = _load(request)
+    tokens = request.case.tokens
+    fill_peaks: list[int] = []
+    decode_peaks: list[int] = []
+    if request.case.kind == "static":
+        cache = StaticCache(config=model.config, max_cache_len=cache_tokens(tokens, request.steps))
+    else:
+        cache = DynamicCache(config=model.config)
+    keys, values = random_keys_and_values(model, tokens)
+    with memory.window(fill_peaks):
+        began = time.perf_counter()
+        fill_by_layers(cache, model, keys, values, _filling)
+        fill_seconds = time.perf_counter() - began
+    given = keys.nbytes + values.nbytes
+    del keys, values
+    seconds = []
+    for step in range(WARM_UP_STEPS + request.steps):
+        say(f"decoding, step {step + 1} of {WARM_UP_STEPS + request.steps}")
+        with memory.window(decode_peaks):
+            seconds.append(_timed(lambda: decode_one(model, cache)))
+    return Measured(
+        step_seconds=seconds[WARM_UP_STEPS:],
+        fill_seconds=fill_seconds,
+        fill_peak=max(fill_peaks[0] - given, 0),
+        decode_peak=max(decode_peaks),
+        memory_method=memory.method,
+    )
+
+
+def _on_disk(request: Request, disk: RawDisk) -> Measured:
+    from ollm import disk_cache
+    from ollm.bench.limits import drop_page_cache
+    from ollm.bench.models import decode_one
+    from ollm.bench.plan import WARM_UP_STEPS
+    from ollm.bench.records import Measured
+
+    model, memory = _load(request)
+    decode_peaks: list[int] = []
+    cache = disk_cache(
+        model,
+        cache_dir=request.folder,
+        cache_strategy=request.case.strategy or "",
+        ram_budget=request.case.ram_budget,
+    )
+    with closing(cache):
+        fill_seconds, fill_peak = _fill(request, model, cache, memory)
+        disk.write_some()
+        for step in range(WARM_UP_STEPS):
+            say(f"decoding, warm-up {step + 1} of {WARM_UP_STEPS}")
+            with memory.window(decode_peaks):
+                decode_one(model, cache)
+        state = cache.state()
+        cold = max(request.geometry.kv_bytes(request.case.tokens) - state.resident_bytes, 0)
+        files = sorted(state.directory.glob("segment-*")) if state.directory is not None else []
+
+        def read_raw() -> None:
+            """What a step reads, as raw as can be: the disk drifts from minute to minute."""
+            if cold > request.geometry.kv_bytes(request.case.tokens) // 100:
+                disk.read_files(files, cold)
+
+        read_raw()
+        seconds, before = [], state.bytes_read
+        not_dropped = "what this case reads is not in it" if state.unbuffered else ""
+        for step in range(request.steps):
+            say(f"decoding, step {step + 1} of {request.steps}")
+            if not state.unbuffered:
+                not_dropped = drop_page_cache()
+            with memory.window(decode_peaks):
+                seconds.append(_timed(lambda: decode_one(model, cache)))
+            read_raw()
+        state = cache.state()
+        if not disk.rates.reads:
+            disk.read_all()
+    return Measured(
+        rates=disk.rates,
+        step_seconds=seconds,
+        bytes_per_step=(state.bytes_read - before) // request.steps,
+        fill_seconds=fill_seconds,
+        bytes_written=state.bytes_written,
+        fill_peak=fill_peak,
+        decode_peak=max(decode_peaks),
+        page_cache=f"not dropped: {not_dropped}" if not_dropped else "dropped before each step",
+        memory_method=memory.method,
+        mode=state.mode,
+    )
+
+
+def _fill(request: Request, model: Any, cache: Any, memory: PeakMemory) -> tuple[float, int]:
+    """Seconds, and the peak of memory without the keys and values that are given."""
+    from ollm.bench.models import fill_by_pieces, piece_tokens, random_keys_and_values
+
+    tokens = request.case.tokens
+    keys, values = random_keys_and_values(model, min(piece_tokens(request.geometry), tokens))
+    peaks: list[int] = []
+    with memory.window(peaks):
+        began = time.perf_counter()
+        fill_by_pieces(cache, model, keys, values, tokens, _filling)
+        # writes that wait in the kernel's cache would be faster than any disk, and slow the reads that come next
+        directory = cache.state().directory
+        if directory is not None:
+            _wait_for_disk(directory)
+        seconds = time.perf_counter() - began
+    return seconds, max(peaks[0] - keys.nbytes - values.nbytes, 0)
+
+
+def _wait_for_disk(directory: Path) -> None:
+    import os
+
+    for path in directory.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+
+
+def _load(request: Request) -> tuple[Any, PeakMemory]:
+    """The model after a tiny forward, so that what it allocates once is not counted as the cache's."""
+    import torch
+
+    from ollm.bench.memory import PeakMemory
+    from ollm.bench.models import make_model
+    from ollm.bench.plan import cache_tokens
+
+    say("loading the model")
+    model = make_model(request.geometry, cache_tokens(request.case.tokens, request.steps))
+    model(torch.tensor([[7, 8]]))
+    return model, PeakMemory()
+
+
+def _filling(share: float) -> None:
+    say(f"filling {share:.0%}")
+
+
+def _timed(action: Callable[[], None]) -> float:
+    began = time.perf_counter()
+    action()
+    return time.perf_counter() - began
+
+
+def main() -> None:
+    text = sys.stdin.read()
+    import cattrs
+
+    from ollm.bench.records import Request
+
+    print(json.dumps(cattrs.unstructure(run(cattrs.structure(json.loads(text), Request)))))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,94 @@
+"""Which cases a run has, and which of them cannot fit. Pure arithmetic: measures nothing, starts nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import attrs
+
+from ollm.bench.records import Case, Geometry
+
+STRATEGY_BYTES = 300 * 10**6
+"""What a strategy may take beside what it keeps resident, and so what is set aside for it."""
+PROCESS_BYTES = 250 * 10**6
+"""What Python with torch and transformers takes before there is a model."""
+LEAST_FREE_DISK = 256 * 2**20
+"""Stores leave this much free and refuse to write otherwise."""
+SLACK_TOKENS = 64
+"""Room in a cache beyond the tokens that it is filled with and those that are decoded."""
+WARM_UP_STEPS = 2
+
+_LEAST_SAMPLE, _MOST_SAMPLE = 64 * 2**20, 2**30
+
+
+@attrs.frozen(kw_only=True)
+class Free:
+    """What is free before a case starts, in bytes."""
+
+    memory: int
+    disk: int
+
+
+def plan_cases(
+    geometry: Geometry, tokens: Sequence[int], strategies: Sequence[str], *, steps: int, ram_budget: int | None
+) -> list[Case]:
+    """Every case in the order of running: the baselines around those that are compared with them."""
+    cases = [Case(kind="disk", tokens=max(tokens))]
+    for count in tokens:
+        cases += [Case(kind="static", tokens=count), Case(kind="dynamic", tokens=count)]
+        for strategy in strategies:
+            cases += [
+                Case(kind="strategy", tokens=count, strategy=strategy, residency=name, ram_budget=budget)
+                for name, budget in _budgets(geometry, count, steps, ram_budget)
+            ]
+        cases.append(Case(kind="static", tokens=count))  # again: the machine drifts, too
+    return cases
+
+
+def _budgets(geometry: Geometry, tokens: int, steps: int, ram_budget: int | None) -> Iterator[tuple[str, int]]:
+    if ram_budget is not None:
+        yield ("budget", ram_budget) if ram_budget else ("nothing", 0)
+        return
+    yield "nothing", 0
+    yield "half", geometry.kv_bytes(tokens) // 2
+    yield "everything", geometry.kv_bytes(cache_tokens(tokens, steps))
+
+
+def cache_tokens(tokens: int, steps: int) -> int:
+    """Tokens that a cache must have room for."""
+    return tokens + WARM_UP_STEPS + steps + SLACK_TOKENS
+
+
+def sample_bytes(geometry: Geometry, tokens: int) -> int:
+    """Size of the file that raw rates are measured with: what the case reads, within reason, in whole reads."""
+    wanted = min(max(geometry.kv_bytes(tokens), _LEAST_SAMPLE), _MOST_SAMPLE)
+    return wanted - wanted % (4 * 2**20)
+
+
+def why_refused(case: Case, geometry: Geometry, free: Free) -> str:
+    """Why a case cannot fit; empty if it can."""
+    memory, disk = memory_needed(case, geometry), disk_needed(case, geometry)
+    for what, needs, has in (("memory", memory, free.memory), ("disk", disk, free.disk)):
+        if needs > has:
+            return f"needs {needs / 1e6:,.0f} MB of {what}, {has / 1e6:,.0f} MB free"
+    return ""
+
+
+def memory_needed(case: Case, geometry: Geometry) -> int:
+    """Bytes of memory, the model included."""
+    everything, layer = geometry.kv_bytes(case.tokens), geometry.layer_bytes(case.tokens)
+    cache = {
+        "disk": 0,
+        "static": everything,
+        "dynamic": everything + 2 * layer,  # a step copies a layer's keys and values to append to them
+        "strategy": (case.ram_budget or 0) + STRATEGY_BYTES,
+    }[case.kind]
+    return cache + (0 if case.kind == "disk" else PROCESS_BYTES + geometry.model_bytes)
+
+
+def disk_needed(case: Case, geometry: Geometry) -> int:
+    """Bytes on disk: the file of the raw rates, a quarter of it again for a second write, and the cache."""
+    if case.kind in ("static", "dynamic"):
+        return 0
+    cache = geometry.kv_bytes(case.tokens) if case.kind == "strategy" else 0
+    return sample_bytes(geometry, case.tokens) * 5 // 4 + cache + LEAST_FREE_DISK

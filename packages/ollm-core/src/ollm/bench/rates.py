@@ -1,0 +1,144 @@
+"""The raw read and write rate of a disk: what any store could do at best, with ollm's own buffers and as many threads.
+
+Knows nothing of caches.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from pathlib import Path
+
+from ollm.bench.records import Rates, Sample
+from ollm.io.buffers import aligned_buffer
+from ollm.io.scheduler import WORKERS
+from ollm.storage.tensors import tensor_bytes
+
+BLOCK = 4 * 2**20
+
+_DIRECT = getattr(os, "O_DIRECT", 0)
+
+
+class RawDisk:
+    """A file of random bytes in a folder, written once and read as often as asked. A context: it goes at the end.
+
+    Buffers exist only while something is measured, so that they do not count as a cache's memory.
+    """
+
+    def __init__(self, folder: Path, nbytes: int) -> None:
+        self._path = folder / "raw-rate.bin"
+        self._nbytes = nbytes
+        self._direct = _takes_direct(folder)
+        self._reads: list[Sample] = []
+        self._writes: list[Sample] = []
+
+    def __enter__(self) -> RawDisk:
+        self._writes.append(self._write(self._path, self._nbytes))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._path.unlink(missing_ok=True)
+
+    @property
+    def rates(self) -> Rates:
+        """All samples so far."""
+        return Rates(direct=self._direct, reads=list(self._reads), writes=list(self._writes))
+
+    def read_all(self) -> None:
+        """Measure reading the whole file."""
+        with ExitStack() as opened:
+            fd = self._open(self._path, opened)
+            self._reads.append(_in_threads(os.preadv, [(fd, at) for at in range(0, self._nbytes, BLOCK)]))
+
+    def read_files(self, files: Sequence[Path], nbytes: int) -> None:
+        """Measure reading so many bytes from the ends of files, evenly: a cache's own, as it reads them."""
+        with ExitStack() as opened:
+            places = []
+            for path in files:
+                fd = self._open(path, opened)
+                blocks = path.stat().st_size // BLOCK
+                first = max(blocks - nbytes // len(files) // BLOCK, 0)
+                places += [(fd, block * BLOCK) for block in range(first, blocks)]
+            if places:
+                self._reads.append(_in_threads(os.preadv, places))
+
+    def write_some(self) -> None:
+        """Measure writing another file, a quarter as large."""
+        path = self._path.with_suffix(".again")
+        try:
+            self._writes.append(self._write(path, max(BLOCK, self._nbytes // 4)))
+        finally:
+            path.unlink(missing_ok=True)
+
+    def _open(self, path: Path, opened: ExitStack) -> int:
+        fd = os.open(path, os.O_RDONLY | (_DIRECT if self._direct else 0))
+        opened.callback(os.close, fd)
+        if not self._direct:
+            _forget(fd)
+        return fd
+
+    def _write(self, path: Path, nbytes: int) -> Sample:
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | (_DIRECT if self._direct else 0)
+        fd = os.open(path, flags, 0o600)
+        try:
+            return _in_threads(os.pwritev, [(fd, at) for at in range(0, nbytes, BLOCK)], lambda: os.fsync(fd))
+        finally:
+            os.close(fd)
+
+
+Transfer = Callable[[int, Sequence[memoryview], int], int]
+Place = tuple[int, int]
+"""Descriptor and offset of a block."""
+
+
+def _in_threads(transfer: Transfer, places: Sequence[Place], finish: Callable[[], None] = lambda: None) -> Sample:
+    """Move whole blocks, several at a time; the seconds are those of moving and of `finish` alone."""
+    waiting = iter(places)
+    buffers = [tensor_bytes(aligned_buffer(BLOCK)) for _ in range(WORKERS)]
+    for buffer in buffers:
+        buffer[:] = os.urandom(BLOCK)  # what no disk or file system can compress
+
+    with ThreadPoolExecutor(WORKERS) as pool:
+        began = time.perf_counter()
+        moved = sum(pool.map(lambda buffer: _move(transfer, buffer, waiting), buffers))
+        finish()
+        return Sample(moved, time.perf_counter() - began)
+
+
+def _move(transfer: Transfer, buffer: memoryview, waiting: Iterator[Place]) -> int:
+    """One thread's work: the next block that nobody has taken, until there is none."""
+    moved = 0
+    for fd, offset in waiting:  # next() of a list's iterator is atomic
+        count = transfer(fd, [buffer], offset)
+        if count != BLOCK:
+            raise OSError(f"measuring the disk: {count} of {BLOCK} bytes were moved at offset {offset}.")
+        moved += count
+    return moved
+
+
+def _forget(fd: int) -> None:
+    """Take the file out of the kernel's cache, as far as the system knows how."""
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def _takes_direct(folder: Path) -> bool:
+    """Whether a real unbuffered write and read work: some file systems take the flag and fail later."""
+    path = folder / "direct-probe.bin"
+    if not _DIRECT:
+        return False
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | _DIRECT, 0o600)
+        try:
+            with mmap.mmap(-1, mmap.PAGESIZE) as page, memoryview(page) as view:
+                return all(count == mmap.PAGESIZE for count in (os.pwritev(fd, [view], 0), os.preadv(fd, [view], 0)))
+        finally:
+            os.close(fd)
+    except OSError:
+        return False
+    finally:
+        path.unlink(missing_ok=True)
