@@ -49,7 +49,8 @@ def verdicts(found, *, limited=False):
 def test_baselines_come_first_and_every_strategy_has_three_residencies():
     cases = plan_cases(GEOMETRY, [1000, TOKENS], ["chunked", "paged"], steps=5, ram_budget=None)
     assert [case.kind for case in cases[:3]] == ["disk", "static", "dynamic"]
-    assert len(cases) == 1 + 2 * (2 + 2 * 3)
+    assert len(cases) == 1 + 2 * (2 + 2 * 3 + 1)
+    assert cases[-1].kind == "static"
     last = [case for case in cases if case.tokens == TOKENS and case.strategy == "paged"]
     assert [case.residency for case in last] == ["nothing", "half", "everything"]
     nothing, half, everything = (case.ram_budget for case in last)

@@ -160,7 +160,8 @@ class Residency:
         per_token = (block.keys.nbytes + block.values.nbytes) // tokens
         taken = sum(piece.claim.nbytes for piece in self._pieces[extent.layer])
         wanted = 0 if self._staged else min(max(taken, LEAST_PIECE_BYTES), MOST_PIECE_BYTES) // per_token
-        room = min((self._share - taken) // per_token, max(wanted, tokens))
+        # whole extents of this size, for one that does not fit into the rest of a piece begins the next
+        room = min((self._share - taken) // per_token, max(-(-wanted // tokens), 1) * tokens)
         if room < tokens:
             return None
         claim = ledger.try_claim("resident keys and values", room * per_token, self._device)
