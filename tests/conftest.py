@@ -1,7 +1,19 @@
-"""Profiles of Hypothesis: `make test` is quick, `make nightly` looks longer."""
+"""Profiles of Hypothesis: `make test` is quick, `make nightly` looks longer. Tests marked `gpu` need one."""
 
+import pytest
 from hypothesis import settings
 
 settings.register_profile("quick", max_examples=80, stateful_step_count=15, deadline=None)
 settings.register_profile("nightly", max_examples=2000, stateful_step_count=40, deadline=None)
 settings.load_profile("quick")
+
+
+def pytest_collection_modifyitems(items):
+    marked = [item for item in items if item.get_closest_marker("gpu")]
+    if not marked:
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        for item in marked:
+            item.add_marker(pytest.mark.skip(reason="no CUDA device here"))

@@ -196,3 +196,26 @@ def test_no_block_is_joined_with_another(monkeypatch):
     Case(past=200, queries=9, cuts=(0.1, 0.4), window=50).ours()
     assert masks
     assert max(keys for _, keys in masks) <= 16
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("past", "queries"), [(300, 1), (0, 300), (200, 100)])
+@pytest.mark.parametrize("group", [1, 4])
+def test_the_kernel_of_an_accelerator_gives_what_the_plain_path_gives(past, queries, group):
+    case = Case(
+        past=past, queries=queries, group=group, key_size=64, value_size=64, dtype=torch.bfloat16, cuts=(0.3, 0.7)
+    )
+    tensors = {name: tensor.to("cuda:0") for name, tensor in case.tensors().items() if tensor is not None}
+    blocks = [Block(0, tensors["keys"], tensors["values"])]
+    mask = TileMask(
+        rows=1, queries=queries, query_offset=past, keys=case.keys, key_offset=0, function=None, padding=None,
+        device=torch.device("cuda:0"),
+    )  # fmt: skip
+    ours = blockwise_attention(tensors["query"], blocks, mask, Scores(scale=0.125)).float().cpu()
+    on_host = [Block(0, case.tensors()["keys"].double(), case.tensors()["values"].double())]
+    host_mask = TileMask(
+        rows=1, queries=queries, query_offset=past, keys=case.keys, key_offset=0, function=None, padding=None,
+        device=torch.device("cpu"),
+    )  # fmt: skip
+    truth = blockwise_attention(case.tensors()["query"].double(), on_host, host_mask, Scores(scale=0.125)).float()
+    torch.testing.assert_close(ours, truth, rtol=2e-2, atol=2e-2)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import psutil
 import pytest
 import torch
 
 from ollm import memory
+from ollm.errors import MemoryLimitError
 
 GIB = 2**30
 
@@ -157,3 +160,41 @@ def test_inside_a_container_the_mount_itself_is_the_limit(cgroup):
 
 def test_a_group_over_its_limit_has_nothing_free(cgroup):
     assert cgroup(["0::/"], {"memory.max": GIB, "memory.current": 2 * GIB}).host_free == 0
+
+
+CPU = torch.device("cpu")
+
+
+def test_what_is_claimed_and_not_filled_is_not_free(cgroup):
+    cgroup([], {})
+    ledger = memory.MemoryLedger()
+    claim = ledger.claim("buffers", 10 * GIB, CPU)
+    assert ledger.measure(CPU).host_free == ledger.measure(CPU).device_free == 38 * GIB
+    claim.used = 4 * GIB  # which the machine then measures as taken
+    assert ledger.measure(CPU).host_free == 42 * GIB
+    claim.used = 11 * GIB
+    assert ledger.measure(CPU).host_free == 48 * GIB
+    claim.release()
+    claim.release()
+    assert ledger.measure(CPU).host_free == 48 * GIB
+
+
+def test_a_claim_beyond_what_is_free_is_refused_with_both_sizes(cgroup):
+    cgroup(["0::/"], {"memory.max": 2 * GIB, "memory.current": GIB, "memory.stat": ""})
+    ledger = memory.MemoryLedger()
+    assert ledger.try_claim("pieces", GIB, CPU) is None, "some headroom stays"
+    first = ledger.claim("Read buffers", GIB // 2, CPU)
+    with pytest.raises(
+        MemoryLimitError, match=r"Write buffers need 512\.0 MiB of memory on cpu, and of 512\.0 MiB free"
+    ):
+        ledger.claim("Write buffers", GIB // 2, CPU)
+    first.release()
+    ledger.claim("Write buffers", GIB // 2, CPU)
+
+
+def test_claims_from_many_threads_never_exceed_what_is_free(cgroup):
+    cgroup([], {})
+    ledger = memory.MemoryLedger()
+    with ThreadPoolExecutor(8) as threads:
+        claims = list(threads.map(lambda _: ledger.try_claim("pieces", GIB, CPU), range(100)))
+    assert sum(claim is not None for claim in claims) == 47

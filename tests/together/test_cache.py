@@ -26,6 +26,7 @@ each_family = pytest.mark.parametrize("model", FAMILIES, indirect=True)
 
 def damage_first_extent(cache, layer, new_bytes):
     """Overwrite the payload of a layer's first extent on disk."""
+    cache._session.store.storage.flush()
     extent = cache._session.store.extents(layer)[0]
     with (cache.state().directory / f"segment-{layer:06d}.kv").open("r+b") as file:
         assert extent.offset % ALIGNMENT == 0

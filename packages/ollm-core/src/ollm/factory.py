@@ -19,12 +19,12 @@ from ollm.contracts.strategy import BuildContext, KVBuildContext, KVFacts
 from ollm.errors import ConfigurationError, OllmError, PluginError
 from ollm.kv.session import KVSession
 from ollm.kv.state import PrefillProgress
-from ollm.memory import ledger
+from ollm.memory import Claim, ledger
 from ollm.registry import Kind, Offer, registry
 from ollm.seam.cache import KVCache
 from ollm.seam.geometry import decoder_config, kv_geometry, without_adapter
 from ollm.seam.mode import switch_off, switch_on, why_not_blocks
-from ollm.seam.prefill import piece_rows
+from ollm.seam.prefill import activation_bytes, piece_rows
 from ollm.storage.folder import RunFolder
 from ollm.storage.options import StorageOptions
 from ollm.storage.segments import SegmentedStorage
@@ -62,7 +62,8 @@ def disk_cache(
         cache_lifecycle: `runtime-scoped`: the folder goes with the cache. `persistent` is not built yet.
         cache_window_tokens: for strategies that keep a window only.
         ram_budget: memory for keys and values beyond the tail, in bytes or as `"512MiB"`; `0` keeps nothing
-            resident; by default the spill policy decides from what is free.
+            resident; by default the spill policy decides from what is free. Where less is free by the time it is
+            needed, less is kept.
         spill_policy: by default the one that the strategy names.
         options: the strategy's own options, see `ollm plugins -v`.
         mode: `block`: attention reads keys and values block by block, so that memory does not grow with the context;
@@ -75,6 +76,7 @@ def disk_cache(
     Raises:
         ConfigurationError: for any wrong argument, before anything is made.
         CacheDirectoryError: when the folder cannot be made or is not safe.
+        MemoryLimitError: no memory is free for the buffers that reading and writing need.
     """
     config = decoder_config(model)
     names = registry()
@@ -99,7 +101,8 @@ def disk_cache(
     geometry = kv_geometry(config, parameter.dtype)
     memory = ledger.measure(parameter.device)
     plan = _plan(policy, geometry, memory, budget)
-    rows = dense_projection_chunk_rows or piece_rows(config, parameter.dtype.itemsize, memory.device_free)
+    per_token = activation_bytes(config, parameter.dtype.itemsize)
+    rows = dense_projection_chunk_rows or piece_rows(per_token, memory.device_free)
 
     def storage() -> SegmentedStorage:
         if directory is None or facts.directory is None:
@@ -130,6 +133,8 @@ def disk_cache(
         raise PluginError(
             f"KV store '{name}' has window={store.window!r}, cache_window_tokens={cache_window_tokens!r}."
         )
+    tails = min(plan.flush_tokens * geometry.bytes_per_token, plan.flush_bytes * len(geometry.layers))
+    claims = _claim({"tails": tails, "activations": rows * per_token}, parameter.device)
     try:
         session = KVSession(
             store,
@@ -138,8 +143,11 @@ def disk_cache(
             layers=[layer.layer for layer in geometry.layers],
             lossless=facts.lossless,
             device=parameter.device,
+            claims=claims,
         )
     except BaseException:
+        for claim in claims:
+            claim.release()
         store.close()
         raise
     try:
@@ -148,6 +156,12 @@ def disk_cache(
     except BaseException:
         session.close()
         raise
+
+
+def _claim(sizes: Mapping[str, int], device: torch.device) -> list[Claim]:
+    """What a cache will need for a while, so that others plan without it; what is not free is needed all the same."""
+    claims = (ledger.try_claim(purpose, nbytes, device) for purpose, nbytes in sizes.items())
+    return [claim for claim in claims if claim is not None]
 
 
 def _make_cache(

@@ -53,7 +53,8 @@ def blockwise_attention(query: Tensor, blocks: Iterable[Block], mask: TileMask, 
     Blocks are read once, in the given order. Queries that see no key at all get zeros.
     """
     merged = [_Merge() for _ in _tiles(0, query.shape[2], QUERY_TILE)]
-    plain = scores.softcap is not None or scores.bias is not None or query.device.type != "cpu"
+    kernel = query.device.type == "cpu" or (query.device.type == "cuda" and mask.is_causal)
+    plain = scores.softcap is not None or scores.bias is not None or not kernel
     for block in blocks:
         for merge, (low, high) in zip(merged, _tiles(0, query.shape[2], QUERY_TILE), strict=True):
             _attend_block(merge, query[:, :, low:high], low, block, mask, scores, PLAIN_TILE if plain else KEY_TILE)

@@ -18,6 +18,7 @@ Tile = tuple[Tensor, Tensor]
 in fp32, minus infinity where a query sees no key of the tile."""
 
 _FLASH_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_CUDA_FLASH_DTYPES = (torch.bfloat16, torch.float16)
 
 
 def attend_tile(
@@ -48,9 +49,14 @@ def attend_tile(
 
 def _flash_kernel(query: Tensor, keys: Tensor, values: Tensor) -> Callable[..., Tile] | None:
     """The fused kernel for this device and dtype, if there is one that returns the log-sum-exp."""
-    if query.device.type != "cpu" or query.dtype not in _FLASH_DTYPES or keys.shape[-1] != values.shape[-1]:
+    if keys.shape[-1] != values.shape[-1]:
         return None
-    return _cpu_flash
+    if query.device.type == "cpu" and query.dtype in _FLASH_DTYPES:
+        return _cpu_flash
+    size = keys.shape[-1]
+    if query.device.type == "cuda" and query.dtype in _CUDA_FLASH_DTYPES and size <= 256 and size % 8 == 0:
+        return _cuda_flash
+    return None
 
 
 def _cpu_flash(query: Tensor, keys: Tensor, values: Tensor, visible: Answer, scale: float) -> Tile:
@@ -76,6 +82,26 @@ def _cpu_flash(query: Tensor, keys: Tensor, values: Tensor, visible: Answer, sca
     if mask is not None:  # a query that sees nothing gets 0 from the kernel, which is the log-sum-exp of one key
         lse = lse.masked_fill((mask == float("-inf")).all(-1), float("-inf"))
     return out.reshape(rows, heads, queries, -1), lse.reshape(rows, heads, queries)
+
+
+def _cuda_flash(query: Tensor, keys: Tensor, values: Tensor, visible: Answer, scale: float) -> Tile:
+    """torch's FlashAttention-2 kernel for tiles that need no mask; others are computed plainly.
+
+    Not run on a device yet: a trial with the model itself decides whether it is used at all (`seam.mode`).
+    """
+    if isinstance(visible, Tensor):
+        return _plain(query, keys, values, visible, scale=scale, softcap=None, bias=None)
+    rows, heads, queries, size = query.shape
+    kv_heads = keys.shape[1]
+    packed = visible is Visible.ALL and heads > kv_heads
+    if packed:
+        query = query.reshape(rows, kv_heads, heads // kv_heads * queries, size)
+    elif heads > kv_heads:
+        keys, values = (tensor.repeat_interleave(heads // kv_heads, dim=1) for tensor in (keys, values))
+    out, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(
+        query, keys, values, 0.0, visible is Visible.DIAGONAL, False, scale=scale
+    )
+    return out.reshape(rows, heads, queries, size), lse.reshape(rows, heads, queries)
 
 
 _PACKED_QUERIES = 64
