@@ -6,7 +6,7 @@ never a wrong number. It pins what it refers to until its blocks have been read.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import ExitStack, closing
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -45,13 +45,17 @@ class KVHandle:
         self._pins = ExitStack()
         self._pins.enter_context(session.snapshot([extent for extent, _ in past]))
 
-    def blocks(self) -> Iterator[Block]:
+    def blocks(self) -> Generator[Block, None, None]:
         """Every block, those in memory between those that are read; the newest tokens come last."""
         seen = [part for part in self._past if not self._has_left_the_window(part[0])]
-        with self._pins, closing(self._session.source.blocks(seen, self._layout)) as loaded:
-            for part in loaded:
-                yield Block(part.start, take(part.block.keys, part.row_map), take(part.block.values, part.row_map))
-            yield from self._recent
+        try:
+            with self._pins, closing(self._session.source.blocks(seen, self._layout)) as loaded:
+                for part in loaded:
+                    yield Block(part.start, take(part.block.keys, part.row_map), take(part.block.values, part.row_map))
+                yield from self._recent
+        except BaseException:  # nobody wants the rest, and so perhaps nothing of the next layers either
+            self._session.source.cancel_reads()
+            raise
 
     def _has_left_the_window(self, extent: Extent) -> bool:
         """Such an extent is evicted as soon as nobody reads."""

@@ -123,6 +123,11 @@ class BlockSource:
         if self._reader is not None:
             self._reader.forget(extents)
 
+    def cancel_reads(self) -> None:
+        """Give up what is read ahead; afterwards nothing is being read."""
+        if self._reader is not None:
+            self._reader.cancel()
+
     def blocks(
         self, past: Sequence[Stored], layout: LayerLayout, out: Outputs | None = None
     ) -> Generator[Loaded, None, None]:

@@ -6,8 +6,9 @@ attention in each case. Registered when the first block-mode cache is made, neve
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Generator
+from contextlib import closing
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -92,12 +93,12 @@ def block_attention(
     if isinstance(key, KVHandle) and key.window is not None:
         mask = mask.windowed(key.window, key.sinks)
     start = 0
-    blocks: Iterator[Block] = iter(())
+    blocks: Generator[Block, None, None]
     if isinstance(key, KVHandle):
         blocks = key.blocks()
-    elif not isinstance(value, KVHandle):
+    else:
         start = mask.first_key(keys)
-        blocks = iter([Block(start, key, value)])
+        blocks = (block for block in [Block(start, key, cast(Tensor, value))])
     if position_bias is not None:
         bias = position_bias if bias is None else bias + position_bias
     scores = Scores(
@@ -107,7 +108,8 @@ def block_attention(
         bias_start=start,
         sinks=s_aux,
     )
-    return blockwise_attention(query, blocks, mask, scores).transpose(1, 2).contiguous(), None
+    with closing(blocks):  # after an error nothing is left half-way
+        return blockwise_attention(query, blocks, mask, scores).transpose(1, 2).contiguous(), None
 
 
 def _as_tile_mask(

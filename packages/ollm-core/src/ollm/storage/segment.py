@@ -6,6 +6,7 @@ around every other call.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -22,6 +23,20 @@ from ollm.storage.room import reason
 
 Rescue = Callable[[Extent, memoryview], bool]
 """Fills a record from memory if the disk does not have it; says whether it did."""
+
+
+class Moved:
+    """Bytes read and written so far, by any thread."""
+
+    def __init__(self) -> None:
+        self.read = self.written = 0
+        self._lock = threading.Lock()
+
+    def add(self, *, read: int = 0, written: int = 0) -> None:
+        """Count some more."""
+        with self._lock:
+            self.read += read
+            self.written += written
 
 
 @attrs.define
@@ -121,3 +136,9 @@ class Segment:
             store_id=self._store_id, dtype=dtype, layer=extent.layer, start=extent.start, tokens=extent.tokens,
             rows=extent.rows, payload_bytes=extent.nbytes,
         )  # fmt: skip
+
+
+def write_record(segment: Segment, extent: Extent, dtype: str, record: memoryview, moved: Moved) -> None:
+    """What a worker does with a record."""
+    segment.write(extent, dtype, record)
+    moved.add(written=len(record))

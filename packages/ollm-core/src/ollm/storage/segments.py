@@ -37,24 +37,11 @@ from ollm.storage.manifest import Manifest
 from ollm.storage.options import StorageOptions
 from ollm.storage.records import DTYPE_CODES, STORE_ID_BYTES, padded, record_span
 from ollm.storage.room import check_room, failed_write, reason
-from ollm.storage.segment import Segment
+from ollm.storage.segment import Moved, Segment, write_record
 from ollm.storage.tensors import lay_out, tensor_bytes
 from ollm.storage.write_behind import WriteBehind
 
 _MOST_SEGMENTS = 10**6
-
-
-class _Counters:
-    """Bytes moved so far, by any thread."""
-
-    def __init__(self) -> None:
-        self.read = self.written = 0
-        self._lock = threading.Lock()
-
-    def add(self, *, read: int = 0, written: int = 0) -> None:
-        with self._lock:
-            self.read += read
-            self.written += written
 
 
 class SegmentedStorage:
@@ -86,7 +73,7 @@ class SegmentedStorage:
         self._segments: dict[int, Segment] = {}
         self._lock = threading.Lock()
         self._owner = os.getpid()
-        self._counters = _Counters()
+        self._moved = Moved()
         self.scheduler = scheduler_of(folder.path)
         """The workers of the disk that the folder is on."""
         self._writes = WriteBehind(
@@ -174,7 +161,7 @@ class SegmentedStorage:
             self._writes.give_back(buffer)
             raise
         # refers to no more than it needs: a cache that is dropped while it writes must not be kept alive by that
-        job = functools.partial(_write_record, target, extent, dtype, tensor_bytes(buffer)[:size], self._counters)
+        job = functools.partial(write_record, target, extent, dtype, tensor_bytes(buffer)[:size], self._moved)
         self._writes.submit((segment, extent.offset), buffer, size, job)
         return extent
 
@@ -214,7 +201,7 @@ class SegmentedStorage:
             raise CorruptDataError(f"There is no segment {extents[0].segment} in {self.path}.")
         begin, end = record_span(extents[0])[0], record_span(extents[-1])[1]
         segment.read(extents, tensor_bytes(buffer)[: end - begin], self._rescue)
-        self._counters.add(read=end - begin)
+        self._moved.add(read=end - begin)
         return [buffer[extent.offset - begin : extent.offset - begin + extent.nbytes] for extent in extents]
 
     def release(self, extents: Sequence[Extent]) -> None:
@@ -247,7 +234,7 @@ class SegmentedStorage:
         """Bytes on disk now, and bytes written and read since the start."""
         with self._lock:
             disk_bytes = sum(segment.end for segment in self._segments.values())
-        return StoreStats(disk_bytes=disk_bytes, bytes_written=self._counters.written, bytes_read=self._counters.read)
+        return StoreStats(disk_bytes=disk_bytes, bytes_written=self._moved.written, bytes_read=self._moved.read)
 
     def _check_usable(self) -> None:
         self._check_owner()
@@ -270,12 +257,6 @@ class SegmentedStorage:
 
     def _rescue(self, extent: Extent, record: memoryview) -> bool:
         return self._writes.rescue((extent.segment, extent.offset), record)
-
-
-def _write_record(segment: Segment, extent: Extent, dtype: str, record: memoryview, counters: _Counters) -> None:
-    """What a worker does."""
-    segment.write(extent, dtype, record)
-    counters.add(written=len(record))
 
 
 def _write_manifest(folder: RunFolder, manifest: Manifest) -> None:
