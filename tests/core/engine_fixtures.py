@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from pathlib import Path
 
 import torch
@@ -10,6 +11,7 @@ from core.storage_fixtures import open_storage
 from ollm.builtin.chunked import ChunkedStore
 from ollm.contracts.spill import SpillPlan
 from ollm.kv.history import LayerHistory
+from ollm.kv.rows import take
 from ollm.kv.session import KVSession
 
 HEADS, SIZE = 2, 64
@@ -30,6 +32,8 @@ def make_session(folder: Path, *, layers: int = 3, extents: int = 0, store_type=
     settings = {"flush_tokens": TOKENS, "flush_bytes": 2**30, "read_buffers": 4, **plan}
     session = KVSession(store, SpillPlan(**settings), strategy="test", layers=range(layers))
     histories = [LayerHistory(layer, session) for layer in range(layers)]
+    for history, following in zip(histories, histories[1:] + histories[:1], strict=True):
+        history.next = weakref.ref(following)
     for number in range(extents):
         for layer, history in enumerate(histories):
             history.append(*tokens(TOKENS, seed=100 * layer + number))
@@ -40,7 +44,7 @@ def make_session(folder: Path, *, layers: int = 3, extents: int = 0, store_type=
 def walk(history: LayerHistory, seed: int = 0) -> dict[int, torch.Tensor]:
     """All keys of a layer by position, as attention meets them in a decode step with one more token."""
     handle = history.handle(*tokens(1, seed))
-    return {block.start: block.keys.clone() for block in handle.blocks()}
+    return {block.start: take(block.keys, block.row_map).clone() for block in handle.blocks()}
 
 
 def expected(layer: int, extents: int) -> torch.Tensor:

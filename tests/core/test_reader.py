@@ -167,7 +167,7 @@ def test_an_error_in_any_read_surfaces_where_its_bytes_are_wanted(cache, monkeyp
     total = LAYERS * EXTENTS
     for at in range(total):
         session.source.forget_reads([extent for layer in range(LAYERS) for extent in session.store.extents(layer)])
-        disk = FaultyDisk(fails(code), at, only=frozenset({"pread_into"}))
+        disk = FaultyDisk(fails(code), at, lasting=True, only=frozenset({"pread_into"}))
         with monkeypatch.context() as patch:
             patch.setattr(shim, "disk", disk)
             with pytest.raises(StorageError, match=r"Cannot read Layer \d, tokens"):
@@ -175,6 +175,19 @@ def test_an_error_in_any_read_surfaces_where_its_bytes_are_wanted(cache, monkeyp
                     check_step(layers)
             assert session.source.reads_in_flight == 0
         check_step(layers)
+
+
+def test_a_read_ahead_that_failed_is_read_again_when_it_is_wanted(cache, monkeypatch):
+    """The disk may have recovered meanwhile, or was interrupted by something else."""
+    _, layers = cache
+    check_step(layers)  # afterwards the first extents of the next step are being read ahead
+    for at in range(LAYERS * EXTENTS):
+        disk = FaultyDisk(fails(errno.EIO), at, only=frozenset({"pread_into"}))
+        with monkeypatch.context() as patch:
+            patch.setattr(shim, "disk", disk)
+            for _ in range(2):
+                check_step(layers)
+        assert len(disk.operations) > at, "the fault was met"
 
 
 def test_a_file_that_was_cut_is_an_error_and_no_hang(cache):

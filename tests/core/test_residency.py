@@ -8,6 +8,7 @@ import torch
 from core.engine_fixtures import EXTENT_BYTES, TOKENS, expected, joined, make_session, tokens, walk
 from ollm.kv import residency as module
 from ollm.kv import source
+from ollm.kv.rows import take
 from ollm.memory import MemoryLedger
 
 LAYERS, EXTENTS = 3, 8
@@ -83,14 +84,16 @@ def test_another_batch_gets_pieces_of_its_own_shape(tmp_path):
 
 
 def walk_rows(layer, rows):
-    return {block.start: block.keys.clone() for block in layer.handle(*tokens(1, rows=rows)).blocks()}
+    blocks = layer.handle(*tokens(1, rows=rows)).blocks()
+    return {block.start: take(block.keys, block.row_map).clone() for block in blocks}
 
 
-def test_rows_are_picked_from_resident_extents_one_at_a_time(tmp_path):
+def test_resident_extents_whose_rows_were_picked_together_are_one_block(tmp_path):
     session, (layer,) = make_session(tmp_path, layers=1, extents=3, resident_bytes=2**24)
     layer.select_rows(torch.tensor([0, 0]))
+    layer.append(*tokens(TOKENS, seed=3, rows=2))  # another piece, for it has other rows
     blocks = walk_rows(layer, 2)
-    assert sorted(blocks) == [0, TOKENS, 2 * TOKENS, 3 * TOKENS]
+    assert sorted(blocks) == [0, 3 * TOKENS, 4 * TOKENS]
     assert torch.equal(joined(blocks, 3 * TOKENS), expected(0, 3).repeat(2, 1, 1, 1))
     session.close()
 

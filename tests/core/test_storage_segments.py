@@ -147,7 +147,7 @@ def test_asking_for_another_record_than_was_written_is_noticed(
     storage: SegmentedStorage, change: dict[str, int]
 ) -> None:
     extent = put(storage, b"abcd")
-    with pytest.raises(CorruptDataError, match="another record lies here"):
+    with pytest.raises(CorruptDataError, match="is not in this storage"):
         get(storage, attrs.evolve(extent, **change))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import threading
+from concurrent.futures import wait
 
 import pytest
 
@@ -100,6 +101,7 @@ def test_when_every_buffer_holds_what_the_disk_refused_the_next_write_says_so(st
     disk = gate(errno.EIO)
     extents = [put(storage, bytes([number]), flush=False) for number in range(BUFFERS)]
     disk.opened.set()
+    wait([write.future for write in storage._writes._writes.values()])  # each tells of its failure once
     for _ in range(BUFFERS + 2):
         with pytest.raises(StorageError, match="Input/output error"):
             put(storage, b"no buffer left", flush=False)

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import functools
-import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import cattrs
 import torch
 
 from ollm.adapters import find_adapter
+from ollm.arguments import check_budget, check_cache_dir, check_lifecycle, check_mode, check_window
 from ollm.contracts.kv import KVStore
 from ollm.contracts.spill import KVGeometry, MemorySnapshot, SpillPlan, SpillPolicy
-from ollm.contracts.strategy import BuildContext, KVBuildContext, KVFacts
+from ollm.contracts.strategy import BuildContext, KVBuildContext
 from ollm.errors import ConfigurationError, OllmError, PluginError
 from ollm.kv.session import KVSession
 from ollm.kv.state import PrefillProgress
@@ -23,20 +22,15 @@ from ollm.memory import Claim, ledger
 from ollm.registry import Kind, Offer, registry
 from ollm.seam.cache import KVCache
 from ollm.seam.geometry import decoder_config, kv_geometry, without_adapter
-from ollm.seam.mode import switch_off, switch_on, why_not_blocks
+from ollm.seam.mode import switch_on, why_not_blocks
 from ollm.seam.prefill import activation_bytes, piece_rows
 from ollm.storage.folder import RunFolder
 from ollm.storage.options import StorageOptions
 from ollm.storage.segments import SegmentedStorage
-from ollm.units import parse_size
+from ollm.storage.write_behind import BUFFERS
 
 if TYPE_CHECKING:
     from torch import nn
-
-logger = logging.getLogger(__name__)
-
-MODES = ("auto", "block", "tensor")
-LIFECYCLES = ("runtime-scoped", "persistent")
 
 
 def disk_cache(
@@ -84,18 +78,11 @@ def disk_cache(
     name, facts = names.name_of(offer), offer.strategy.facts
     assert facts is not None  # the registry refuses KV stores without
     settings = names.options(offer, {} if options is None else options)
-    if dense_projection_chunk_rows is not None and (
-        not isinstance(dense_projection_chunk_rows, int)
-        or isinstance(dense_projection_chunk_rows, bool)
-        or dense_projection_chunk_rows < 1
-    ):
-        raise ConfigurationError(f"dense_projection_chunk_rows={dense_projection_chunk_rows!r}: give 1 or more tokens.")
-    if mode not in MODES:
-        raise ConfigurationError(f"mode={mode!r}: choose one of {', '.join(MODES)}.")
-    _check_lifecycle(cache_lifecycle, name, facts)
-    _check_window(cache_window_tokens, name, facts)
-    directory = _check_cache_dir(cache_dir, name, facts)
-    budget = _check_budget(ram_budget, name, facts)
+    check_mode(mode, dense_projection_chunk_rows)
+    check_lifecycle(cache_lifecycle, name, facts)
+    check_window(cache_window_tokens, name, facts)
+    directory = check_cache_dir(cache_dir, name, facts)
+    budget = check_budget(ram_budget, name, facts)
     policy = names.get(Kind.SPILL_POLICY, spill_policy or facts.spill_policy)
     parameter = next(model.parameters())
     geometry = kv_geometry(config, parameter.dtype)
@@ -104,7 +91,7 @@ def disk_cache(
     per_token = activation_bytes(config, parameter.dtype.itemsize)
     rows = dense_projection_chunk_rows or piece_rows(per_token, memory.device_free)
 
-    def storage() -> SegmentedStorage:
+    def storage(*, write_buffers: int = BUFFERS) -> SegmentedStorage:
         if directory is None or facts.directory is None:
             raise PluginError(f"KV store '{name}' asks for storage, but its facts name no `directory`.")
         shared = settings if isinstance(settings, StorageOptions) else None
@@ -114,6 +101,7 @@ def disk_cache(
             strategy=name,
             options=shared,
             parameters=cattrs.unstructure(settings),
+            write_buffers=write_buffers,
             pinned=parameter.device.type == "cuda",
         )
 
@@ -177,8 +165,7 @@ def _make_cache(
     """A cache in block mode, with the model switched to it, or in tensor mode where `layers` is `None`."""
     if layers is None:
         return KVCache(config, session, **facts)
-    switch_on(model, layers)
-    cache = KVCache(config, session, undo_blocks=functools.partial(switch_off, model), **facts)
+    cache = KVCache(config, session, switch_on=functools.partial(switch_on, model, layers), **facts)
     cache.piece_rows, cache.progress = piece_rows, progress
     return cache
 
@@ -201,7 +188,7 @@ def _choose_mode(model: nn.Module, config: Any, mode: str) -> tuple[Sequence[nn.
         plan = SpillPlan(flush_tokens=2, flush_bytes=2**20)
         store = names.build(offer, context, KVStore)
         session = KVSession(store, plan, strategy="trial", layers=())
-        return KVCache(config, session, spill_policy="trial", lossless=True, undo_blocks=lambda: None)
+        return KVCache(config, session, spill_policy="trial", lossless=True, switch_on=lambda: lambda: None)
 
     layers = _decoder_layers(model)
     reason = why_not_blocks(model, trial_cache, layers)
@@ -222,67 +209,6 @@ def _decoder_layers(model: nn.Module) -> Sequence[nn.Module]:
         return find_adapter(model.config)[1].parts(without_adapter(model)).layers
     except OllmError:
         return ()
-
-
-def _check_lifecycle(lifecycle: str, name: str, facts: KVFacts) -> None:
-    if lifecycle not in LIFECYCLES:
-        raise ConfigurationError(f"cache_lifecycle={lifecycle!r}: choose one of {', '.join(LIFECYCLES)}.")
-    if lifecycle == "persistent":
-        if facts.directory is None:
-            raise ConfigurationError(
-                f"cache_lifecycle='persistent' with cache_strategy={name!r}: that strategy keeps nothing on disk."
-            )
-        raise ConfigurationError(
-            "cache_lifecycle='persistent' is not built yet: use 'runtime-scoped'. "
-            "(Its folder layout is fixed in docs/reference/on-disk-format.md.)"
-        )
-
-
-def _check_window(window: int | None, name: str, facts: KVFacts) -> None:
-    if facts.full_history and window is not None:
-        windowed = [
-            registry().name_of(offer)
-            for offer in registry().offers(Kind.KV_STORE)
-            if offer.strategy.facts and not offer.strategy.facts.full_history
-        ]
-        raise ConfigurationError(
-            f"cache_window_tokens={window!r} with cache_strategy={name!r}: that strategy keeps the full history. "
-            f"Strategies that keep a window: {', '.join(windowed) or 'none is installed'}."
-        )
-    if facts.full_history:
-        return
-    if not isinstance(window, int) or isinstance(window, bool) or window < 1:
-        raise ConfigurationError(
-            f"cache_window_tokens={window!r} with cache_strategy={name!r}: give the number of newest tokens to keep, "
-            "1 or more."
-        )
-    logger.warning(
-        "cache_strategy=%r keeps the newest %d tokens only: the model forgets what is older, by intention.",
-        name,
-        window,
-    )
-
-
-def _check_budget(ram_budget: int | str | None, name: str, facts: KVFacts) -> int | None:
-    if ram_budget is None:
-        return None
-    if facts.directory is None:
-        raise ConfigurationError(
-            f"ram_budget={ram_budget!r} with cache_strategy={name!r}: that strategy keeps everything in memory. "
-            "Choose one that uses the disk, such as 'chunked'."
-        )
-    return parse_size(ram_budget, "ram_budget")
-
-
-def _check_cache_dir(cache_dir: str | os.PathLike[str] | None, name: str, facts: KVFacts) -> Path | None:
-    if facts.directory is None:
-        return None
-    if cache_dir is None or not os.fspath(cache_dir):
-        raise ConfigurationError(
-            f"cache_dir={cache_dir!r}: cache_strategy={name!r} keeps keys and values on disk, so name a folder for "
-            "them, such as './kv_cache/'."
-        )
-    return Path(cache_dir).absolute()
 
 
 def _plan(policy: Offer, geometry: KVGeometry, memory: MemorySnapshot, budget: int | None) -> SpillPlan:

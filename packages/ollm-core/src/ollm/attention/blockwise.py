@@ -9,8 +9,9 @@ import attrs
 import torch
 from torch import Tensor
 
-from ollm.attention.kernels import Tile, attend_tile
+from ollm.attention.kernels import Settings, Tile, attend_tile
 from ollm.attention.masks import TileMask, Visible
+from ollm.attention.shared import attend_shared
 
 QUERY_TILE = 4096
 """Queries of a tile; see benchmarks/results for what was measured."""
@@ -26,6 +27,11 @@ class Block:
     start: int
     keys: Tensor
     values: Tensor
+    row_map: Tensor | None = None
+    """Which of its rows each row of the queries attends to: int64 `[rows]` on the host; `None` for its own."""
+    key_scale: float = 1.0
+    """What the keys must be multiplied by."""
+    value_scale: float = 1.0
 
     @property
     def stop(self) -> int:
@@ -85,17 +91,13 @@ def _attend_block(
         if bias is not None:
             bias = bias[..., start - scores.bias_start : stop - scores.bias_start]
             bias = bias[..., low : low + query.shape[2], :] if bias.shape[-2] > 1 else bias
-        merge.add(
-            attend_tile(
-                query,
-                block.keys[:, :, part],
-                block.values[:, :, part],
-                visible,
-                scale=scores.scale,
-                softcap=scores.softcap,
-                bias=bias,
-            )
-        )
+        keys, values = block.keys[:, :, part], block.values[:, :, part]
+        settings: Settings = {"scale": scores.scale * block.key_scale, "softcap": scores.softcap, "bias": bias}
+        if block.row_map is None:
+            out, lse = attend_tile(query, keys, values, visible, **settings)
+        else:
+            out, lse = attend_shared(query, keys, values, visible, block.row_map, **settings)
+        merge.add((out if block.value_scale == 1.0 else out * block.value_scale, lse))
 
 
 class _Merge:

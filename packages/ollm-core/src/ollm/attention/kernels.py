@@ -7,6 +7,7 @@ head h belongs to key head h // (heads // kv_heads).
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TypedDict
 
 import torch
 from torch import Tensor
@@ -16,6 +17,15 @@ from ollm.attention.masks import Answer, Visible
 Tile = tuple[Tensor, Tensor]
 """Output `[rows, heads, queries, value_size]` in the query's dtype or fp32, and log-sum-exp `[rows, heads, queries]`
 in fp32, minus infinity where a query sees no key of the tile."""
+
+
+class Settings(TypedDict):
+    """What is done to the scores of a tile; see `attend_tile`."""
+
+    scale: float
+    softcap: float | None
+    bias: Tensor | None
+
 
 _FLASH_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _CUDA_FLASH_DTYPES = (torch.bfloat16, torch.float16)

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 
     from ollm.storage.segments import SegmentedStorage
 
-StorageFactory = Callable[[], "SegmentedStorage"]
+StorageFactory = Callable[..., "SegmentedStorage"]
+"""Takes the keyword `write_buffers`, see `SegmentedStorage`."""
 
 
 @attrs.frozen
@@ -25,8 +26,9 @@ class Extent:
     """A run of consecutive tokens of one layer, stored as one piece. Immutable; compared by value."""
 
     layer: int
+    """The number that `KVStore.append` was given."""
     start: int
-    """Position of the first token."""
+    """Position of the first token, counted from the first one that was appended to the layer."""
     tokens: int
     rows: int
     """Batch rows it was written with. Core maps the rows of today onto them."""
@@ -50,6 +52,10 @@ class KVBlock:
 
     keys: Tensor
     values: Tensor
+    key_scale: float = 1.0
+    """What all keys must be multiplied by. Attention multiplies few scores instead of many keys."""
+    value_scale: float = 1.0
+    """The same for values."""
 
 
 @attrs.frozen
@@ -65,7 +71,7 @@ class StoreStats:
     """Counters of a store. Sizes in bytes; counters since the store was made."""
 
     disk_bytes: int = 0
-    """Bytes that the store's files take now, headers and alignment included."""
+    """Bytes that the store's files take now, headers, alignment and holes included."""
     memory_bytes: int = 0
     """Bytes of keys and values that the store itself holds in memory."""
     bytes_written: int = 0
@@ -81,10 +87,14 @@ class KVStore(ABC):
     Keys and values arrive per layer as `[rows, kv_heads, tokens, head_size]`, keys after RoPE and heads not
     repeated; key and value head sizes may differ. The first `append` to a layer fixes its shapes and dtype until the
     layer is truncated to zero.
+
+    `layer` is a number and nothing more: that of the model's layer for the cache that was made, and numbers above all
+    of these for its forks, whose tokens are counted from 0 again.
     """
 
     extent_tokens: int | None = None
-    """Tokens that every extent must hold exactly; `None` lets core cut extents of any size."""
+    """The most tokens of an extent, and as many as core puts into one, whenever it has them; `None` lets core cut
+    extents of any size. The last extent of a layer may be shorter: core drops it and appends it anew as it grows."""
 
     window: int | None = None
     """Newest tokens that a query may see, itself included; `None` for the full history. Core masks by it and evicts
@@ -96,6 +106,10 @@ class KVStore(ABC):
     storage: SegmentedStorage | None = None
     """The storage that holds the extents' bytes, from which core reads, several adjacent extents at a time; `None` for
     stores that override `read`."""
+
+    trims: bool = False
+    """Whether `truncate` may cut the last extent in two, for formats that lose something each time that they encode:
+    what stays of it keeps its bytes. Otherwise core appends the rest of such an extent again."""
 
     in_memory: bool = False
     """Whether `read` only looks something up. Core then calls it when the bytes are needed, on the thread that needs
@@ -118,13 +132,14 @@ class KVStore(ABC):
     def decode(self, extent: Extent, raw: Tensor, out: KVBlock | None) -> KVBlock:
         """Turn raw bytes (uint8, on the compute device, exactly `extent.nbytes`) into keys and values.
 
-        Where the format is raw this is a view of `raw`. A format that must compute writes into `out` if it is given;
-        either way the block that holds the result is returned.
+        Where the format is raw this is a view of `raw`. A format that must compute writes into the tensors of `out`,
+        if it is given, whatever is in them; either way the block that holds the result is returned.
         """
 
     @abstractmethod
     def truncate(self, layer: int, length: int) -> None:
-        """Drop every token of `layer` from position `length` on; `length` is always an extent's border.
+        """Drop every token of `layer` from position `length` on; `length` is an extent's border, unless the store
+        `trims`: then the extent that holds `length` becomes a shorter one of the same bytes.
 
         The bytes of dropped extents may still be read: they become free when core calls `release`.
         """

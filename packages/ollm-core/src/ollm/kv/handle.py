@@ -11,13 +11,12 @@ from contextlib import ExitStack, closing
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from ollm.attention.blockwise import Block
-from ollm.contracts.kv import Extent
 from ollm.errors import BlockModeError
-from ollm.kv.rows import take
+from ollm.kv.rows import Stored
 
 if TYPE_CHECKING:
     from ollm.kv.session import KVSession
-    from ollm.kv.source import Stored
+    from ollm.kv.source import Following
     from ollm.storage.tensors import LayerLayout
 
 _OPERATORS = (
@@ -35,6 +34,7 @@ class KVHandle:
         layout: LayerLayout,
         past: Sequence[Stored],
         recent: Sequence[Block],
+        following: Following,
     ) -> None:
         """Pins the extents of `past` until `blocks` has been walked, or the handle is dropped."""
         self.window, self.sinks = session.store.window, session.store.sinks
@@ -42,24 +42,28 @@ class KVHandle:
         self._layout = layout
         self._past = tuple(past)
         self._recent = tuple(recent)
+        self._following = following
         self._pins = ExitStack()
-        self._pins.enter_context(session.snapshot([extent for extent, _ in past]))
+        self._pins.enter_context(session.snapshot([part.extent for part in past]))
 
     def blocks(self) -> Generator[Block, None, None]:
         """Every block, those in memory between those that are read; the newest tokens come last."""
-        seen = [part for part in self._past if not self._has_left_the_window(part[0])]
+        seen = [part for part in self._past if not self._has_left_the_window(part)]
         try:
-            with self._pins, closing(self._session.source.blocks(seen, self._layout)) as loaded:
+            with self._pins, closing(self._session.source.blocks(seen, self._layout, self._following)) as loaded:
                 for part in loaded:
-                    yield Block(part.start, take(part.block.keys, part.row_map), take(part.block.values, part.row_map))
+                    block = part.block
+                    yield Block(
+                        part.start, block.keys, block.values, part.row_map, block.key_scale, block.value_scale
+                    )  # fmt: skip
                 yield from self._recent
         except BaseException:  # nobody wants the rest, and so perhaps nothing of the next layers either
             self._session.source.cancel_reads()
             raise
 
-    def _has_left_the_window(self, extent: Extent) -> bool:
+    def _has_left_the_window(self, part: Stored) -> bool:
         """Such an extent is evicted as soon as nobody reads."""
-        return self.window is not None and self.sinks <= extent.start and extent.stop <= self._first_seen
+        return self.window is not None and self.sinks <= part.start and part.stop <= self._first_seen
 
     @property
     def _first_seen(self) -> int:

@@ -1,19 +1,18 @@
 """`BlockReader`: reads what attention will ask for next, so that the disk does not idle while attention computes.
 
 A step visits the layers in order and each layer's extents in order, and the next step does the same again: what comes
-after an extent is known. The reader keeps as many reads in flight as it has buffers, across the layers and from one
-step into the next. A wrong guess costs a read, never a wrong byte: what was read is known by its extents, which are
-pinned until it was used. The idea of reading ahead across layers is FlexGen's (Sheng et al., 2023).
+after an extent is known to whoever asks for it. The reader keeps as many reads in flight as it has buffers, across the
+layers and from one step into the next. A wrong guess costs a read, never a wrong byte: what was read is known by its
+extents, which are pinned until it was used. The idea of reading ahead across layers is FlexGen's (Sheng et al., 2023).
 """
 
 from __future__ import annotations
 
-import bisect
+import itertools
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, wait
-from operator import attrgetter
 from typing import TYPE_CHECKING
 
 import attrs
@@ -35,6 +34,8 @@ READ_BYTES = 4 * 2**20 + 2**16
 """The most that is read at once: an extent of 4 MiB, or several smaller ones that are neighbours."""
 
 Run = tuple[Extent, ...]
+Following = Callable[[], Iterable[Sequence[Extent]]]
+"""The extents that will be wanted after those that are asked for, layer by layer; finite."""
 Wait = Callable[[], None]
 
 
@@ -57,7 +58,6 @@ class BlockReader:
         store: KVStore,
         *,
         strategy: str,
-        layers: Sequence[int],
         is_cold: Callable[[Extent], bool],
         pins: Pins,
         buffers: BufferPool,
@@ -69,7 +69,6 @@ class BlockReader:
         Args:
             store: whose extents are read.
             strategy: its name, for messages.
-            layers: those that are stored, in the order in which a step visits them.
             is_cold: whether an extent must be read.
             pins, counters: the session's.
             buffers: as many as there may be reads.
@@ -77,8 +76,6 @@ class BlockReader:
         """
         self._store = store
         self._strategy = strategy
-        self._layers = {layer: place for place, layer in enumerate(layers)}
-        self._order = tuple(layers)
         self._is_cold = is_cold
         self._pins = pins
         self._buffers = buffers
@@ -87,6 +84,7 @@ class BlockReader:
         self._ahead: deque[_Read] = deque()
         self._current: _Read | None = None
         self._busy: dict[int, Wait] = {}
+        self._plan: Iterator[Run] = iter(())
 
     @property
     def in_flight(self) -> int:
@@ -98,17 +96,23 @@ class BlockReader:
         """Memory of the buffers."""
         return self._buffers.nbytes
 
-    def read(self, extents: Sequence[Extent]) -> Generator[tuple[Extent, Tensor], None, None]:
+    def read(self, extents: Sequence[Extent], following: Following) -> Generator[tuple[Extent, Tensor], None, None]:
         """The raw bytes of pinned cold extents of one layer, in order, each until the next is asked for.
 
         Raises:
             CorruptDataError, StorageError: an extent cannot be read; nothing is being read then.
         """
-        at = 0
+        at, planned = 0, False
         try:
             while at < len(extents):
-                self._current = read = self._take(extents[at:])
-                self._top_up(read.run[-1])
+                ahead = self._ahead_of(extents, at)
+                self._current = read = self._submit(self._run(extents, at)) if ahead is None else ahead
+                if ahead is None or not planned:
+                    self._plan, planned = self._planned(extents, at + len(read.run), following), True
+                self._top_up()
+                if ahead is not None and self._failed(ahead):  # at an earlier time: now it may work
+                    self._finish(ahead)
+                    self._current = read = self._submit(ahead.run)
                 yield from zip(read.run, self._result(read), strict=True)
                 at += len(read.run)
                 self._current = None
@@ -140,16 +144,17 @@ class BlockReader:
             wait_until()
         self._busy.clear()
 
-    def _take(self, wanted: Sequence[Extent]) -> _Read:
-        """The read that brings the first of the wanted extents: under way already, if the guess was right."""
+    def _ahead_of(self, wanted: Sequence[Extent], at: int) -> _Read | None:
+        """The read that brings the next of the wanted extents and is under way already; if there is none, there is a
+        buffer for it."""
         for place, read in enumerate(self._ahead):
-            if read.run == tuple(wanted[: len(read.run)]):
+            if read.run == tuple(wanted[at : at + len(read.run)]):
                 for _ in range(place):  # they were skipped
                     self._finish(self._ahead.popleft())
                 return self._ahead.popleft()
         if not self._has_room:
             self._finish(self._ahead.pop())
-        return self._submit(self._run(wanted))
+        return None
 
     @property
     def _has_room(self) -> bool:
@@ -157,39 +162,43 @@ class BlockReader:
             return len(self._ahead) + 1 < self._buffers.count
         return self._buffers.has_free
 
-    def _top_up(self, after: Extent) -> None:
+    def _top_up(self) -> None:
         """Ask for what comes next, as far as there are buffers."""
         while self._has_room:
-            run = self._next_run(self._ahead[-1].run[-1] if self._ahead else after)
-            if run is None or any(run[0] in read.run for read in self._ahead):
+            run = next(self._plan, None)
+            if run is None:
                 return
-            self._ahead.append(self._submit(run))
+            if not any(run[0] in read.run for read in self._ahead):
+                self._ahead.append(self._submit(run))
 
-    def _next_run(self, after: Extent) -> Run | None:
-        """What comes after an extent: the rest of its layer, then the other layers, round and round."""
-        place = self._layers[after.layer]
-        for step in range(len(self._order) + 1):
-            extents = self._store.extents(self._order[(place + step) % len(self._order)])
-            first = bisect.bisect_left(extents, after.stop, key=attrgetter("start")) if step == 0 else 0
-            for at in range(first, len(extents)):
-                if self._is_cold(extents[at]):
-                    return self._run(extents[at:])
-        return None
+    def _planned(self, extents: Sequence[Extent], at: int, following: Following) -> Iterator[Run]:
+        """What is to be read after the first `at` of these extents: looked up when there is room for it."""
+        for layer in itertools.chain([extents], following()):
+            while at < len(layer):
+                if self._is_cold(layer[at]):
+                    run = self._run(layer, at)
+                    yield run
+                    at += len(run)
+                else:
+                    at += 1
+            at = 0
 
-    def _run(self, extents: Sequence[Extent]) -> Run:
-        """The first extents that can be read at once."""
+    def _run(self, extents: Sequence[Extent], at: int) -> Run:
+        """The extents from place `at` on that can be read at once."""
+        first = extents[at]
         if self._store.storage is None:
-            return (extents[0],)
-        begin, end = record_span(extents[0])
-        count = 1
-        for extent in extents[1:]:
+            return (first,)
+        begin, end = record_span(first)
+        run = [first]
+        for extent in itertools.islice(extents, at + 1, None):
             start, stop = record_span(extent)
-            if extent.segment != extents[0].segment or start != end or stop - begin > READ_BYTES:
+            if extent.segment != first.segment or start != end or stop - begin > READ_BYTES:
                 break
             if not self._is_cold(extent):
                 break
-            count, end = count + 1, stop
-        return tuple(extents[:count])
+            run.append(extent)
+            end = stop
+        return tuple(run)
 
     def _submit(self, run: Run) -> _Read:
         storage, buffer = self._store.storage, None
@@ -205,6 +214,13 @@ class BlockReader:
                 self._buffers.give_back(buffer)
             self._pins.unpin(run)
             raise
+
+    def _failed(self, read: _Read) -> bool:
+        """Whether a read that is under way comes to nothing."""
+        began = time.perf_counter()
+        wait([read.future])
+        self._counters.load_seconds += time.perf_counter() - began
+        return read.future.exception() is not None
 
     def _result(self, read: _Read) -> list[Tensor]:
         began = time.perf_counter()

@@ -80,20 +80,38 @@ class _Piece:
         self.claim.used = sum(extent.tokens for extent in self.extents) * self.bytes_per_token
 
 
-class Residency:
-    """Keeps blocks on one device within a byte budget that is shared evenly between layers."""
+@attrs.frozen
+class Share:
+    """A budget, shared evenly between the layers of a model; a layer's forks draw on the same share."""
 
-    def __init__(self, budget: int, layers: int, *, device: torch.device, staged: bool = False) -> None:
+    nbytes: int
+    """Of each layer."""
+    stride: int
+    """What the layer numbers of a cache and its forks differ by."""
+
+    @classmethod
+    def even(cls, budget: int, layers: Sequence[int]) -> Share:
+        """The share of each of these layers in so many bytes."""
+        return cls(budget // len(layers) if layers else 0, max(layers, default=0) + 1)
+
+    def owner(self, layer: int) -> int:
+        """The layer on whose share an extent of this layer number draws."""
+        return layer % self.stride
+
+
+class Residency:
+    """Keeps blocks on one device, within each layer's share."""
+
+    def __init__(self, share: Share, *, device: torch.device, staged: bool = False) -> None:
         """Nothing yet.
 
         Args:
-            budget: bytes over all layers. Where the ledger has less by then, less is kept.
-            layers: how many share it.
+            share: of each layer. Where the ledger has less by then, less is kept.
             device: where the blocks stay.
             staged: whether blocks are copied to an accelerator for every use: then each extent is a piece of its own,
                 contiguous and in page-locked memory.
         """
-        self._share = budget // layers if layers else 0
+        self._share = share
         self._device = device
         self._staged = staged
         self._pieces: dict[int, list[_Piece]] = {}
@@ -102,9 +120,10 @@ class Residency:
     @property
     def extent_bytes(self) -> int:
         """The largest extent that core should cut: parts that fill a layer's share, within what disks like."""
-        if self._share < LEAST_EXTENT_BYTES:
+        share = self._share.nbytes
+        if share < LEAST_EXTENT_BYTES:
             return MOST_EXTENT_BYTES
-        return self._share // -(-self._share // MOST_EXTENT_BYTES)
+        return share // -(-share // MOST_EXTENT_BYTES)
 
     @property
     def nbytes(self) -> int:
@@ -158,10 +177,15 @@ class Residency:
         """Room for `extent` and, if the share has it, for more behind it."""
         (rows, heads, tokens, key_size), value_size = block.keys.shape, block.values.shape[3]
         per_token = (block.keys.nbytes + block.values.nbytes) // tokens
-        taken = sum(piece.claim.nbytes for piece in self._pieces[extent.layer])
+        taken = sum(
+            piece.claim.nbytes
+            for layer, pieces in self._pieces.items()
+            for piece in pieces
+            if self._share.owner(layer) == self._share.owner(extent.layer)
+        )
         wanted = 0 if self._staged else min(max(taken, LEAST_PIECE_BYTES), MOST_PIECE_BYTES) // per_token
         # whole extents of this size, for one that does not fit into the rest of a piece begins the next
-        room = min((self._share - taken) // per_token, max(-(-wanted // tokens), 1) * tokens)
+        room = min((self._share.nbytes - taken) // per_token, max(-(-wanted // tokens), 1) * tokens)
         if room < tokens:
             return None
         claim = ledger.try_claim("resident keys and values", room * per_token, self._device)

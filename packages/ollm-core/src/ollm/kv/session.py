@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import time
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
+import attrs
 import torch
 from torch import Tensor
 
@@ -39,7 +43,7 @@ class KVSession:
             store: empty.
             plan: what the spill policy decided.
             strategy: the name for messages and `state()`.
-            layers: the indices of the stored layers, in the order in which a step visits them.
+            layers: the indices of the stored layers.
             lossless: whether the store gives back what it is given; only then may copies of that stay in memory.
             device: where attention runs; by default the CPU.
             claims: memory that was claimed for this cache; given back at the end.
@@ -53,10 +57,49 @@ class KVSession:
         self.counters = KVCounters()
         self.pins = Pins()
         self._claims = list(claims)
+        self._stride = max(layers, default=0) + 1
+        self._users: set[int] = set()
+        self._dropped_users: deque[Callable[[], None]] = deque()
         self.source = BlockSource(
             store, plan, strategy=strategy, layers=layers, lossless=lossless,
             device=device or torch.device("cpu"), pins=self.pins, counters=self.counters,
         )  # fmt: skip
+
+    @property
+    def users(self) -> int:
+        """How many caches share the store: the first one and its forks."""
+        return len(self._users)
+
+    def join(self) -> int:
+        """One user more; its number, of which `layer_number` makes numbers that no other user has."""
+        self._tidy()
+        user = next(number for number in itertools.count() if number not in self._users)
+        self._users.add(user)
+        return user
+
+    def layer_number(self, user: int, layer: int) -> int:
+        """The number in the store of a layer of a user."""
+        return user * self._stride + layer
+
+    def leave(self, user: int, give_up: Callable[[], None]) -> None:
+        """One user less: `give_up` drops what is its own; with the last user everything ends. May be called twice."""
+        if self._users == {user}:
+            self.close()
+        elif user in self._users:
+            give_up()
+        self._users.discard(user)
+
+    def leave_soon(self, user: int, give_up: Callable[[], None]) -> None:
+        """The same for a user that was dropped, perhaps by the garbage collector in the midst of anything: takes place
+        when another one goes on. If there is no other, what they shared is garbage as well, and ends by itself."""
+        if self._users == {user}:
+            self._users.clear()
+        else:
+            self._dropped_users.append(functools.partial(self.leave, user, give_up))
+
+    def _tidy(self) -> None:
+        while self._dropped_users:
+            self._dropped_users.popleft()()
 
     def append(self, layer: int, keys: Tensor, values: Tensor) -> Extent:
         """Store one extent and return it as the store lists it."""
@@ -80,19 +123,24 @@ class KVSession:
         self.source.keep(after[-1], KVBlock(keys, values))
         return after[-1]
 
-    def truncate(self, layer: int, length: int) -> None:
-        """Drop the extents of a layer from `length` on. `release_unread` gives their bytes back."""
+    def truncate(self, layer: int, length: int) -> Sequence[Extent]:
+        """Drop the extents of a layer from `length` on; those that stay. `release_unread` gives their bytes back."""
         before = self.store.extents(layer)
         keep = [extent for extent in before if extent.stop <= length]
         if len(keep) == len(before):
-            return
+            return before
+        dropped = before[len(keep) :]
         self.store.truncate(layer, length)
-        if list(self.store.extents(layer)) != keep:
+        after = self.store.extents(layer)
+        if self.store.trims and dropped[0].start < length:
+            keep.append(attrs.evolve(dropped[0], tokens=length - dropped[0].start))
+        if list(after) != keep:
             raise StoreContractError(
                 f"KV store '{self.strategy}': after truncate({layer}, {length}), extents() lists "
-                f"{len(self.store.extents(layer))} extents instead of {len(keep)}."
+                f"{len(after)} extents instead of {len(keep)}."
             )
-        self._drop(before[len(keep) :])
+        self._drop(dropped)
+        return after
 
     def release_unread(self) -> None:
         """Give back the bytes of dropped extents that nobody reads. The last step of whoever drops some: it may be
@@ -115,9 +163,6 @@ class KVSession:
                 f"{len(self.store.extents(layer))} instead of {len(keep)}."
             )
         self._drop(extents)
-        self.counters.evictions += 1
-        self.counters.evicted_tokens += sum(extent.tokens for extent in extents)
-        self.release_unread()
 
     @contextmanager
     def snapshot(self, extents: Sequence[Extent]) -> Iterator[Sequence[Extent]]:
@@ -135,6 +180,7 @@ class KVSession:
 
     def settle(self) -> None:
         """Raise what the background failed with since the last call; see `SegmentedStorage.settle`."""
+        self._tidy()
         if self.store.storage is not None:
             self.store.storage.settle()
 

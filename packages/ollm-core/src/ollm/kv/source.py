@@ -20,21 +20,24 @@ from ollm.contracts.spill import SpillPlan
 from ollm.errors import StoreContractError
 from ollm.io.buffers import BufferPool
 from ollm.io.scheduler import scheduler_of
+from ollm.kv.encoded import EncodedResidency, Scratch
 from ollm.kv.pins import Pins
 from ollm.kv.reader import READ_BYTES, BlockReader, check_raw
-from ollm.kv.residency import Residency
-from ollm.kv.rows import RowMap
+from ollm.kv.residency import Residency, Share
+from ollm.kv.rows import RowMap, Stored
 from ollm.kv.staging import CudaStreams, Staging
 from ollm.kv.state import KVCounters
 from ollm.storage.tensors import LayerLayout
 
 _LEAST_SLICE_BYTES = 8 * 2**20
 
-Stored = tuple[Extent, RowMap]
-Outputs = Callable[[Extent], KVBlock | None]
+Following = Callable[[], Iterable[Sequence[Stored]]]
+"""The extents that will be wanted next, layer by layer, as far as one can tell; finite."""
+Outputs = Callable[[Stored], KVBlock | None]
+"""Where a decoder that computes may put an extent; `None` where a buffer must do."""
 
 
-@attrs.frozen
+@attrs.frozen(eq=False)
 class Loaded:
     """A block of one extent or several neighbours, with the rows that it was written with."""
 
@@ -65,9 +68,12 @@ class BlockSource:
         self._device = device
         staged = device.type == "cuda"
         keep = lossless and not store.in_memory
-        host = Residency(plan.resident_bytes * keep, len(layers), device=torch.device("cpu"), staged=staged)
-        on_device = Residency(plan.resident_bytes_device * keep, len(layers), device=device)
+        host = Residency(Share.even(plan.resident_bytes * keep, layers), device=torch.device("cpu"), staged=staged)
+        on_device = Residency(Share.even(plan.resident_bytes_device * keep, layers), device=device)
         self._tiers = (on_device, host) if staged else (host,)
+        encoded = 0 if lossless or store.in_memory else plan.resident_bytes
+        self._encoded = EncodedResidency(Share.even(encoded, layers), pinned=staged)
+        self._decoded = Scratch(device)
         self._undo = ExitStack()
         self._reader: BlockReader | None = None
         self._staging: Staging | None = None
@@ -82,7 +88,7 @@ class BlockSource:
                 if store.storage is None:
                     undo.callback(scheduler.release)
                 self._reader = BlockReader(
-                    store, strategy=strategy, layers=layers, is_cold=functools.partial(_is_cold, self._tiers),
+                    store, strategy=strategy, is_cold=functools.partial(_is_cold, (*self._tiers, self._encoded)),
                     pins=pins, buffers=buffers, scheduler=scheduler, counters=counters,
                 )  # fmt: skip
                 undo.callback(self._reader.cancel)
@@ -91,7 +97,7 @@ class BlockSource:
     @property
     def resident_bytes(self) -> int:
         """Bytes of resident copies, on the host and on the device."""
-        return sum(tier.nbytes for tier in self._tiers)
+        return sum(tier.nbytes for tier in (*self._tiers, self._encoded))
 
     @property
     def extent_bytes(self) -> int:
@@ -100,8 +106,8 @@ class BlockSource:
 
     @property
     def buffer_bytes(self) -> int:
-        """Memory of the read buffers."""
-        return 0 if self._reader is None else self._reader.buffer_bytes
+        """Memory of the buffers for reading and decoding."""
+        return self._decoded.nbytes + (0 if self._reader is None else self._reader.buffer_bytes)
 
     @property
     def reads_in_flight(self) -> int:
@@ -115,7 +121,7 @@ class BlockSource:
     def forget(self, extents: Sequence[Extent]) -> None:
         """These were dropped: they are not resident any more."""
         for extent in extents:
-            for tier in self._tiers:
+            for tier in (*self._tiers, self._encoded):
                 tier.drop(extent)
 
     def forget_reads(self, extents: Iterable[Extent]) -> None:
@@ -129,26 +135,28 @@ class BlockSource:
             self._reader.cancel()
 
     def blocks(
-        self, past: Sequence[Stored], layout: LayerLayout, out: Outputs | None = None
+        self, past: Sequence[Stored], layout: LayerLayout, following: Following, out: Outputs = lambda part: None
     ) -> Generator[Loaded, None, None]:
         """The keys and values of pinned extents of one layer, each valid until the next is asked for.
 
         Not in order of position: what is resident comes between what must be read, so that the disk is busy meanwhile.
 
         Args:
-            past: the extents, in order, with their row maps.
+            past: the extents, in order.
             layout: what they must have.
-            out: where a decoder that computes may put the result for an extent.
+            following: what will be asked for next.
+            out: where the result for an extent should be.
         """
-        resident, cold = self._sort(past)
+        resident, encoded, cold = self._sort(past)
         if cold:
             resident = [piece for part in resident for piece in _slices(part, resident, len(cold))]
+        ready = [*map(self._on_device, resident), *(self._decode_resident(part, layout, out) for part in encoded)]
         done = 0
-        with closing(self._load_cold(cold, layout, out)) as read:
+        with closing(self._load_cold(cold, layout, following, out)) as read:
             for index in range(1, len(cold) + 2):  # once more than there are, for `read` to come to its end
-                due = index * len(resident) // (len(cold) + 1)
-                for part in resident[done:due]:
-                    yield from self._on_device(part)
+                due = index * len(ready) // (len(cold) + 1)
+                for parts in ready[done:due]:
+                    yield from parts
                 done = due
                 loaded = next(read, None)
                 if loaded is not None:
@@ -157,45 +165,62 @@ class BlockSource:
     def close(self) -> None:
         """End all reading and forget what is resident. May be called twice."""
         self._undo.close()
-        for tier in self._tiers:
+        for tier in (*self._tiers, self._encoded):
             tier.clear()
+        self._decoded.close()
 
     def _tier_of(self, extent: Extent) -> Residency | None:
         return next((tier for tier in self._tiers if tier.holds(extent)), None)
 
-    def _sort(self, past: Sequence[Stored]) -> tuple[list[Loaded], list[Stored]]:
-        """What is resident, neighbours joined, and what must be read."""
-        resident, cold, at = [], [], 0
+    def _sort(self, past: Sequence[Stored]) -> tuple[list[Loaded], list[Stored], list[Stored]]:
+        """What is resident, neighbours joined; what is resident as it is stored; and what must be read."""
+        resident: list[Loaded] = []
+        encoded: list[Stored] = []
+        cold: list[Stored] = []
+        at = 0
         while at < len(past):
-            extent, row_map = past[at]
-            tier = self._tier_of(extent)
+            part = past[at]
+            tier = self._tier_of(part.extent)
             if tier is None:
-                cold.append(past[at])
+                (encoded if self._encoded.holds(part.extent) else cold).append(part)
                 at += 1
                 continue
-            # rows are picked out of one extent at a time, for that makes a copy
-            same = (
-                list(itertools.takewhile(lambda part: part[1] is None, past[at:]))
-                if row_map is None
-                else past[at : at + 1]
-            )
-            count, block = tier.run([part[0] for part in same])
-            resident.append(Loaded(extent.start, row_map, block))
+            same = itertools.takewhile(functools.partial(_has_same_rows, part), itertools.islice(past, at, None))
+            count, block = tier.run([neighbour.extent for neighbour in same])
+            resident.append(Loaded(part.start, part.row_map, block))
             at += count
-        return resident, cold
+        return resident, encoded, cold
 
     def _load_cold(
-        self, cold: Sequence[Stored], layout: LayerLayout, out: Outputs | None
+        self, cold: Sequence[Stored], layout: LayerLayout, following: Following, out: Outputs
     ) -> Generator[Loaded, None, None]:
-        row_maps = dict(cold)
-        extents = [extent for extent, _ in cold]
-        raws = self._look_up(extents) if self._reader is None else self._reader.read(extents)
+        extents = [part.extent for part in cold]
+
+        def next_layers() -> Iterator[Sequence[Extent]]:
+            return ([part.extent for part in layer] for layer in following())
+
+        raws = self._look_up(extents) if self._reader is None else self._reader.read(extents, next_layers)
         with closing(raws):
-            for extent, raw in raws:
-                with self._staged([raw], of_reader=True) as (staged,):
-                    block = self._store.decode(extent, staged, out(extent) if out else None)
-                    self._check_block(extent, layout, block)
-                    yield Loaded(extent.start, row_maps[extent], block)
+            for (extent, raw), part in zip(raws, cold, strict=True):
+                self._encoded.offer(extent, raw)
+                yield from self._decode(part, raw, layout, out, of_reader=True)
+
+    def _decode_resident(self, part: Stored, layout: LayerLayout, out: Outputs) -> Iterator[Loaded]:
+        """What is resident as it is stored."""
+        yield from self._decode(part, self._encoded.raw(part.extent), layout, out)
+
+    def _decode(
+        self, part: Stored, raw: Tensor, layout: LayerLayout, out: Outputs, *, of_reader: bool = False
+    ) -> Iterator[Loaded]:
+        extent = part.extent
+        with self._staged([raw], of_reader=of_reader) as (staged,):
+            place = out(part)
+            scratch = self._decoded.block(extent, layout) if place is None else None
+            block = self._store.decode(extent, staged, place or scratch)
+            self._check_block(extent, layout, block)
+            if scratch is not None:
+                self._decoded.used(block)
+            yield Loaded(part.start, part.row_map, block)
 
     def _look_up(self, extents: Sequence[Extent]) -> Generator[tuple[Extent, Tensor], None, None]:
         """What a store has in memory."""
@@ -207,7 +232,7 @@ class BlockSource:
     def _on_device(self, part: Loaded) -> Iterator[Loaded]:
         """A resident block where attention can use it."""
         with self._staged([part.block.keys, part.block.values]) as (keys, values):
-            yield attrs.evolve(part, block=KVBlock(keys, values))
+            yield Loaded(part.start, part.row_map, KVBlock(keys, values))
 
     @contextmanager
     def _staged(self, tensors: Sequence[Tensor], *, of_reader: bool = False) -> Iterator[Sequence[Tensor]]:
@@ -230,8 +255,12 @@ class BlockSource:
                 )
 
 
-def _is_cold(tiers: Sequence[Residency], extent: Extent) -> bool:
+def _is_cold(tiers: Sequence[Residency | EncodedResidency], extent: Extent) -> bool:
     return not any(tier.holds(extent) for tier in tiers)
+
+
+def _has_same_rows(part: Stored, other: Stored) -> bool:
+    return part.row_map is other.row_map
 
 
 def _slices(part: Loaded, resident: Sequence[Loaded], gaps: int) -> Iterator[Loaded]:

@@ -12,6 +12,7 @@ class KVCounters:
     """What went to and came from a store since the cache was made. Bytes of keys and values, without headers."""
 
     saved_bytes: int = 0
+    """Each token once, even if it was stored again later."""
     save_seconds: float = 0.0
     """What handing them to the store took: the disk's own work goes on behind that."""
     loaded_bytes: int = 0
@@ -19,10 +20,6 @@ class KVCounters:
     """What attention waited for them."""
     spills: int = 0
     """Flushes of a layer's tail."""
-    evictions: int = 0
-    """Times that a layer's extents left the window."""
-    evicted_tokens: int = 0
-    """Tokens in them, over all layers."""
 
 
 @attrs.frozen(kw_only=True)
@@ -60,7 +57,11 @@ class CacheState:
     stored_layers: int
     """Layers whose keys and values go to the store (full attention); the others keep transformers' own."""
     persisted_tokens: int
-    """Tokens that the store holds."""
+    """Tokens that the store holds, those of `shared_tokens` included."""
+    shared_tokens: int
+    """Tokens whose extents belong to the cache that this one was forked from."""
+    caches: int
+    """How many caches share the store: the first one and its forks. Bytes on disk, and moved, are those of all."""
     tail_tokens: int
     """The newest tokens, in memory only."""
     tail_bytes: int
@@ -76,13 +77,18 @@ class CacheState:
     """What the store's files take now."""
     bytes_written: int
     """Bytes that the store wrote since the start: what a flash disk wears by."""
+    write_amplification: float
+    """`bytes_written` by the bytes of the keys and values that were stored, each counted once, in the model's dtype;
+    0 if there are none."""
     bytes_read: int
     save_seconds: float
     load_seconds: float
     spills: int
     """Flushes of a layer's tail."""
     evictions: int
+    """How often tokens left the window."""
     evicted_tokens: int
+    """How many tokens the store dropped since they left the window."""
     compactions: int
     window_tokens: int | None
     cold_representation: str

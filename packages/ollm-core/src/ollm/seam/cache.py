@@ -5,9 +5,11 @@ Give it to any `model.generate(past_key_values=cache)`. Made by `ollm.disk_cache
 
 from __future__ import annotations
 
+import copy
+import functools
 import logging
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from types import TracebackType
 from typing import Any, NoReturn, Self
@@ -25,7 +27,7 @@ from ollm.kv.history import LayerHistory
 from ollm.kv.session import KVSession
 from ollm.kv.state import CacheState, KVCounters, PrefillProgress
 from ollm.seam.geometry import STORED_LAYER_TYPE, layer_types
-from ollm.seam.layers import StoredLayer, stock_layer, why_not_croppable
+from ollm.seam.layers import StoredLayer, check_every_layer_has, stock_layer, why_not_croppable
 
 logger = logging.getLogger(__name__)
 
@@ -44,19 +46,22 @@ class KVCache(Cache):
         *,
         spill_policy: str,
         lossless: bool,
-        undo_blocks: Callable[[], None] | None = None,
+        switch_on: Callable[[], Callable[[], None]] | None = None,
         mode_reason: str = "",
+        origin: KVCache | None = None,
     ) -> None:
         """For the decoder `config`; use `ollm.disk_cache` instead of calling this.
 
         Args:
             config: of the decoder.
             session: over an empty store.
-            spill_policy, lossless: for `state()`.
-            undo_blocks: for block mode: called when the cache is closed or dropped; `None` for tensor mode.
-            mode_reason: why the cache is in the mode that it is in.
+            spill_policy, lossless, mode_reason: for `state()`.
+            switch_on: for block mode: switches the model to it and returns what undoes that, which is called when the
+                cache is closed or dropped; `None` for tensor mode.
+            origin: the cache that this one is a fork of.
         """
-        self._undo_blocks = weakref.finalize(self, undo_blocks) if undo_blocks else None
+        self._config, self._switch_on = config, switch_on
+        self._undo_blocks = weakref.finalize(self, switch_on()) if switch_on else None
         if self._undo_blocks is not None:
             self._undo_blocks.atexit = False  # at exit the model goes as well
         self._mode_reason = mode_reason
@@ -72,9 +77,16 @@ class KVCache(Cache):
         """While a layer takes a prompt in pieces: the tokens it has taken, and those of the whole prompt."""
         self._stored: dict[int, LayerHistory] = {}
         self._layer_types = layer_types(config)
+        self._user = session.join()
         for index, (kind, _) in enumerate(self._layer_types):
             if kind == STORED_LAYER_TYPE:
-                self._stored[index] = LayerHistory(index, session)
+                number = session.layer_number(self._user, index)
+                self._stored[index] = origin._stored[index].fork(number) if origin else LayerHistory(number, session)
+        histories = list(self._stored.values())
+        for history, following in zip(histories, histories[1:] + histories[:1], strict=True):
+            history.next = weakref.ref(following)
+        self._leave = weakref.finalize(self, session.leave_soon, self._user, functools.partial(_close_all, histories))
+        self._leave.atexit = False  # at exit the store goes as well
         super().__init__(layers=[self._new_layer(index) for index in range(len(self._layer_types))])
         self._attention_layers = [i for i, layer in enumerate(self.layers) if isinstance(layer, CacheLayerMixin)]
         if not self._stored:
@@ -128,12 +140,14 @@ class KVCache(Cache):
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every row `repeats` times, copying nothing that is stored."""
-        self._check_every_layer_has("batch_repeat_interleave")
+        self._check_open()
+        check_every_layer_has(self.layers, "batch_repeat_interleave")
         super().batch_repeat_interleave(repeats)
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep the rows `indices` (integers or a mask), copying nothing that is stored."""
-        self._check_every_layer_has("batch_select_indices")
+        self._check_open()
+        check_every_layer_has(self.layers, "batch_select_indices")
         super().batch_select_indices(indices)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -150,6 +164,38 @@ class KVCache(Cache):
         for history in self._stored.values():
             history.crop(0)
         self.layers[:] = [self._new_layer(index) for index in range(len(self.layers))]
+
+    def fork(self, n: int = 1) -> KVCache:
+        """A cache that goes on from here with `n` continuations of every row, `[row 0, row 0, …, row 1, …]`.
+
+        Nothing that is stored is copied: both caches share it, and a step reads what the continuations share once for
+        all of them. Each then goes its own way; closing one frees its own bytes and nothing else, in any order. The
+        two must be used from the same thread. Continuations of unequal length are padded on the left.
+
+        Raises:
+            ConfigurationError: `n` is not a positive number.
+            UnsupportedOperationError: transformers cannot repeat the rows of one of the layers.
+            CacheClosedError: after `close()`.
+        """
+        self._check_open()
+        check_every_layer_has(self.layers, "batch_repeat_interleave")
+        if not isinstance(n, int) or isinstance(n, bool) or n < 1:
+            raise ConfigurationError(f"fork(n={n!r}): give the number of continuations of every row, 1 or more.")
+        fork = KVCache(
+            self._config, self._session, spill_policy=self._spill_policy, lossless=self._lossless,
+            switch_on=self._switch_on, mode_reason=self._mode_reason, origin=self,
+        )  # fmt: skip
+        fork.piece_rows, fork.progress = self.piece_rows, self.progress
+        try:
+            for index, layer in enumerate(self.layers):
+                if index not in self._stored:
+                    fork.layers[index] = copy.deepcopy(layer)
+            if self.get_seq_length():
+                fork.batch_repeat_interleave(n)
+        except BaseException:
+            fork.close()
+            raise
+        return fork
 
     def state(self) -> CacheState:
         """What the cache holds and did so far. Works after `close()` too, with the counters as they were."""
@@ -169,6 +215,8 @@ class KVCache(Cache):
             rows=first.rows if first else 0,
             stored_layers=len(histories),
             persisted_tokens=first.stored_tokens if first else 0,
+            shared_tokens=first.shared_tokens if first else 0,
+            caches=self._session.users,
             tail_tokens=first.tail.tokens if first else 0,
             tail_bytes=sum(history.tail.nbytes for history in histories),
             resident_bytes=self._session.source.resident_bytes + stats.memory_bytes,
@@ -177,24 +225,26 @@ class KVCache(Cache):
             unbuffered=storage is not None and storage.unbuffered,
             disk_bytes=stats.disk_bytes,
             bytes_written=stats.bytes_written,
+            write_amplification=stats.bytes_written / self.counters.saved_bytes if self.counters.saved_bytes else 0.0,
             bytes_read=stats.bytes_read,
             save_seconds=self.counters.save_seconds,
             load_seconds=self.counters.load_seconds,
             spills=self.counters.spills,
-            evictions=self.counters.evictions,
-            evicted_tokens=self.counters.evicted_tokens,
+            evictions=first.evictions if first else 0,
+            evicted_tokens=first.evicted_tokens if first else 0,
             compactions=stats.compactions,
             window_tokens=self._session.store.window,
             cold_representation=stats.representation,
         )
 
     def close(self) -> None:
-        """Free everything, on disk too. May be called twice; the cache cannot be used afterwards."""
+        """Free everything that no fork needs, on disk too. May be called twice; the cache cannot be used afterwards."""
         if not self._closed:
             self._closed = True
             if self._undo_blocks is not None:
                 self._undo_blocks()
-            self._session.close()
+            self._leave.detach()
+            self._session.leave(self._user, functools.partial(_close_all, list(self._stored.values())))
 
     def __enter__(self) -> Self:
         return self
@@ -243,10 +293,8 @@ class KVCache(Cache):
                 "different numbers of tokens. Call cache.reset() and start again."
             )
 
-    def _check_every_layer_has(self, operation: str) -> None:
-        self._check_open()
-        for index, layer in enumerate(self.layers):
-            if not hasattr(layer, operation):
-                raise UnsupportedOperationError(
-                    f"{operation}: transformers has no such operation for layer {index}, a {type(layer).__name__}."
-                )
+
+def _close_all(histories: Sequence[LayerHistory]) -> None:
+    """Drop what is a cache's own."""
+    for history in histories:
+        history.close()

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from transformers.cache_utils import (
     LinearAttentionCacheLayerMixin,
 )
 
-from ollm.errors import ConfigurationError
+from ollm.errors import ConfigurationError, UnsupportedOperationError
 from ollm.kv.history import LayerHistory
 
 
@@ -27,6 +28,7 @@ class StoredLayer(CacheLayerMixin):
     is_sliding = False
 
     def __init__(self, history: LayerHistory, *, croppable: bool, blocks: bool) -> None:
+        """Over a history, which need not be empty."""
         super().__init__()
         self.history = history
         self.is_croppable = croppable
@@ -143,3 +145,16 @@ def why_not_croppable(layer: Any, length: int) -> str | None:
     ):
         return f"the sliding window of {layer.sliding_window} tokens has passed and older tokens are gone"
     return None
+
+
+def check_every_layer_has(layers: Sequence[Any], operation: str) -> None:
+    """Whether transformers can do something to every layer of a cache.
+
+    Raises:
+        UnsupportedOperationError: names the first layer of which it cannot.
+    """
+    for index, layer in enumerate(layers):
+        if not hasattr(layer, operation):
+            raise UnsupportedOperationError(
+                f"{operation}: transformers has no such operation for layer {index}, a {type(layer).__name__}."
+            )

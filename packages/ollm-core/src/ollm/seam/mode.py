@@ -6,6 +6,7 @@ logits. Whatever fails or differs, the model runs in tensor mode, which works ev
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -53,11 +54,11 @@ def why_not_blocks(model: Any, make_cache: Callable[[], KVCache], layers: Sequen
     return verdicts[bool(layers)]
 
 
-def switch_on(model: Any, layers: Sequence[Any]) -> None:
-    """Let the text model attend block by block, and its decoder layers take prompts in pieces.
+def switch_on(model: Any, layers: Sequence[Any]) -> Callable[[], None]:
+    """Let the text model attend block by block, and its decoder layers take prompts in pieces; how to undo it.
 
-    Counted: every call must be undone by one of `switch_off`. What a model in this state gets from other caches than
-    ours is the same as before.
+    Counted: with the last one that is undone the model is as it was before. What a model in this state gets from other
+    caches than ours is the same as before.
 
     Raises:
         BlockModeError: when the model's attention cannot be exchanged.
@@ -70,10 +71,10 @@ def switch_on(model: Any, layers: Sequence[Any]) -> None:
             raise BlockModeError("its attention cannot be exchanged")
         _switched[model] = _Switched(before, LayerPieces(layers))
     _switched[model].users += 1
+    return functools.partial(_switch_off, model)
 
 
-def switch_off(model: Any) -> None:
-    """Undo one `switch_on`; with the last one the model is as it was before."""
+def _switch_off(model: Any) -> None:
     state = _switched[model]
     state.users -= 1
     if not state.users:
@@ -93,13 +94,13 @@ def _probe(model: Any, make_cache: Callable[[], KVCache], layers: Sequence[Any])
     try:
         with torch.no_grad():  # not inference_mode: a model may keep what it computes, such as rotary tables
             truth = _run(model, DynamicCache(config=decoder_config(model)))
-            switch_on(model, layers)
+            undo = switch_on(model, layers)
             try:
                 with make_cache() as cache:
                     cache.piece_rows = PROBE_ROWS
                     blocks = _run(model, cache)
             finally:
-                switch_off(model)
+                undo()
     except BlockModeError as error:
         return str(error)
     except Exception as error:  # third-party modelling code may fail in any way; the reason is kept and shown

@@ -85,6 +85,19 @@ class RunFolder:
             shim.disk.unlink(self.path / name)
         return shim.disk.open(self.path / name, os.O_RDWR | os.O_CREAT | os.O_EXCL | flags)
 
+    def replace_manifest(self, raw: bytes) -> None:
+        """Replace the manifest in one step: readers see the old one or the new one.
+
+        Raises:
+            OSError: as the system says.
+        """
+        fd = self.new_file(MANIFEST_TEMPORARY)
+        try:
+            shim.write_all(fd, memoryview(raw), 0)
+        finally:
+            shim.disk.close(fd)
+        shim.disk.replace(self.path / MANIFEST_TEMPORARY, self.path / MANIFEST)
+
     def remove(self) -> None:
         """Delete the folder, and its parent if that was the last one. Does nothing in a forked child or twice."""
         if self._lock_fd is None or os.getpid() != self._owner:

@@ -38,6 +38,8 @@ DTYPE_CODES = {
 }
 """Codes of payload dtypes. `opaque`: the store's own encoding, which only it can read."""
 
+_DTYPES = {code: name for name, code in DTYPE_CODES.items()}
+
 
 @attrs.frozen(kw_only=True)
 class RecordHeader:
@@ -74,11 +76,11 @@ def encode_header(header: RecordHeader, payload_digest: int) -> bytes:
     return (body + _CHECKSUM.pack(xxhash.xxh3_64_intdigest(body))).ljust(ALIGNMENT, b"\0")
 
 
-def check_header(block: memoryview, asked: RecordHeader) -> int:
-    """Compare a header block with what was asked for; returns the payload hash that it states.
+def decode_header(block: memoryview) -> tuple[RecordHeader, int]:
+    """What a header block says, and the payload hash that it states.
 
     Raises:
-        CorruptDataError: when the block is damaged, of another version, or describes another record.
+        CorruptDataError: when the block is damaged or of another version.
     """
     body = bytes(block[: _FIELDS.size])
     (checksum,) = _CHECKSUM.unpack(block[_FIELDS.size : _FIELDS.size + _CHECKSUM.size])
@@ -87,22 +89,29 @@ def check_header(block: memoryview, asked: RecordHeader) -> int:
     magic, version, code, layer, rows, tokens, start, length, store_id, digest = _FIELDS.unpack(body)
     if magic != MAGIC or version != RECORD_VERSION:
         raise CorruptDataError(f"not a record of version {RECORD_VERSION} (found {magic!r}, version {version})")
-    found = (store_id, code, layer, start, tokens, rows, length)
-    wanted = (
-        asked.store_id,
-        DTYPE_CODES[asked.dtype],
-        asked.layer,
-        asked.start,
-        asked.tokens,
-        asked.rows,
-        asked.payload_bytes,
-    )
-    if found != wanted:
+    if code not in _DTYPES:
+        raise CorruptDataError(f"the record has the unknown dtype code {code}")
+    header = RecordHeader(
+        store_id=store_id, dtype=_DTYPES[code], layer=layer, start=start, tokens=tokens, rows=rows,
+        payload_bytes=length,
+    )  # fmt: skip
+    return header, int(digest)
+
+
+def check_header(block: memoryview, asked: RecordHeader) -> int:
+    """Compare a header block with what was asked for; returns the payload hash that it states.
+
+    Raises:
+        CorruptDataError: when the block is damaged, of another version, or describes another record.
+    """
+    found, digest = decode_header(block)
+    if found != asked:
         raise CorruptDataError(
-            f"another record lies here: layer {layer}, tokens {start}..{start + tokens}, {rows} rows, {length} bytes"
-            + ("" if store_id == asked.store_id else ", of another cache")
+            f"another record lies here: layer {found.layer}, tokens {found.start}..{found.start + found.tokens}, "
+            f"{found.rows} rows, {found.payload_bytes} bytes of {found.dtype}"
+            + ("" if found.store_id == asked.store_id else ", of another cache")
         )
-    return int(digest)
+    return digest
 
 
 def check_record(record: memoryview, asked: RecordHeader, *, payload: bool) -> None:
@@ -119,6 +128,11 @@ def check_record(record: memoryview, asked: RecordHeader, *, payload: bool) -> N
 def padded(nbytes: int) -> int:
     """`nbytes` rounded up to a multiple of `ALIGNMENT`."""
     return -(-nbytes // ALIGNMENT) * ALIGNMENT
+
+
+def record_bytes(payload_bytes: int) -> int:
+    """What a record of so long a payload takes, header and padding included."""
+    return ALIGNMENT + padded(payload_bytes)
 
 
 def record_span(extent: Extent) -> tuple[int, int]:

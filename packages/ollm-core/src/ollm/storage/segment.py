@@ -7,7 +7,7 @@ around every other call.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -15,11 +15,20 @@ import attrs
 
 from ollm.contracts.kv import Extent
 from ollm.errors import CorruptDataError, StorageError
-from ollm.io.buffers import ALIGNMENT
+from ollm.io.buffers import ALIGNMENT, aligned_buffer
 from ollm.storage import shim
 from ollm.storage.datafile import DataFile
-from ollm.storage.records import RecordHeader, check_record, encode_header, payload_hash, record_span
+from ollm.storage.records import (
+    RecordHeader,
+    check_record,
+    decode_header,
+    encode_header,
+    padded,
+    payload_hash,
+    record_span,
+)
 from ollm.storage.room import reason
+from ollm.storage.tensors import tensor_bytes
 
 Rescue = Callable[[Extent, memoryview], bool]
 """Fills a record from memory if the disk does not have it; says whether it did."""
@@ -43,16 +52,24 @@ class Moved:
 class _Held:
     """A record that somebody may still read."""
 
-    end: int
+    written: Extent
     dtype: str
     verified: bool = False
+
+    def is_of(self, extent: Extent) -> bool:
+        """Whether this is its record, or it a trimmed part of it."""
+        return (
+            extent.tokens <= self.written.tokens
+            and attrs.evolve(extent, tokens=self.written.tokens) == self.written
+        )  # fmt: skip
 
 
 class Segment:
     """The file of one segment number."""
 
-    def __init__(self, path: Path, file: DataFile, *, store_id: bytes, verify: str) -> None:
+    def __init__(self, number: int, path: Path, file: DataFile, *, store_id: bytes, verify: str) -> None:
         self.file = file
+        self._number = number
         self.end = 0
         """Where the next record goes."""
         self._path = path
@@ -60,18 +77,24 @@ class Segment:
         self._verify = verify
         self._held: dict[int, _Held] = {}
 
+    def is_free(self, start: int, stop: int) -> bool:
+        """Whether no record that is held has any of these bytes."""
+        if start >= self.end:
+            return True
+        spans = (record_span(held.written) for held in self._held.values())
+        return all(stop <= low or high <= start for low, high in spans)
+
     def hold(self, extent: Extent, dtype: str) -> None:
         """From now on there is this record."""
-        self.end = record_span(extent)[1]
-        self._held[extent.offset] = _Held(self.end, dtype)
+        self.end = max(self.end, record_span(extent)[1])
+        self._held[extent.offset] = _Held(extent, dtype)
 
-    def let_go(self, extent: Extent) -> None:
-        """Nobody reads the record any more; one that is not held is ignored."""
-        self._held.pop(extent.offset, None)
-        self.end = max((held.end for held in self._held.values()), default=0)
-
-    def cut(self) -> None:
-        """Cut the file to what is held. Bytes behind it are never read, so that failing to do so only costs space."""
+    def let_go(self, extents: Iterable[Extent]) -> None:
+        """Nobody reads these records any more; those that are not held are ignored. Cuts the file to what is held:
+        bytes behind it are never read, so that failing to do so only costs space."""
+        for extent in extents:
+            self._held.pop(extent.offset, None)
+        self.end = max((record_span(held.written)[1] for held in self._held.values()), default=0)
         with suppress(OSError):
             shim.disk.truncate(self.file.fd, self.end)
 
@@ -94,7 +117,7 @@ class Segment:
         """
         held = [self._held.get(extent.offset) for extent in extents]
         for extent, known in zip(extents, held, strict=True):
-            if known is None:
+            if known is None or not known.is_of(extent):
                 raise CorruptDataError(f"{self.where(extent)} is not in this storage.")
         begin = record_span(extents[0])[0]
         records = [view[start - begin : stop - begin] for start, stop in map(record_span, extents)]
@@ -106,6 +129,26 @@ class Segment:
             if any(rescued) and not done:
                 self._fill(record, record_span(extent)[0], extent)
             self._check(extent, known, record)
+
+    def frames(self) -> Iterator[Extent]:
+        """The records that the file itself tells of, from its beginning, until one that is damaged, cut off or of
+        another cache. Knows nothing of which of them are held."""
+        offset = 0
+        while True:
+            block = tensor_bytes(aligned_buffer(ALIGNMENT))
+            try:
+                self.file.read(block, offset)
+                header, _ = decode_header(block)
+                whole = tensor_bytes(aligned_buffer(ALIGNMENT + padded(header.payload_bytes)))
+                self.file.read(whole, offset)
+                check_record(whole, attrs.evolve(header, store_id=self._store_id), payload=True)
+            except (EOFError, CorruptDataError):
+                return
+            yield Extent(
+                header.layer, header.start, header.tokens, header.rows, header.payload_bytes,
+                self._number, offset + ALIGNMENT,
+            )  # fmt: skip
+            offset += len(whole)
 
     def where(self, extent: Extent) -> str:
         """An extent, for messages."""
@@ -123,7 +166,7 @@ class Segment:
         """Compare a record with what was asked for, and its payload as `verify` says."""
         payload = self._verify == "always" or (self._verify == "first" and not held.verified)
         try:
-            check_record(record, self._header(extent, held.dtype), payload=payload)
+            check_record(record, self._header(held.written, held.dtype), payload=payload)
         except CorruptDataError as error:
             raise CorruptDataError(
                 f"{self.where(extent)} cannot be trusted: {error}. The disk or another program changed it; "

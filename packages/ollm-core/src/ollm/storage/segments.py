@@ -1,8 +1,8 @@
 """`SegmentedStorage`: numbered files that hold records, and every promise of the format kept in one place.
 
 A store decides which segment a record goes to and keeps the extents that it gets back; everything about bytes, headers,
-hashes, room on the disk and cleaning up is here. Live bytes are never overwritten: a record goes behind the last
-extent that is still held, and an extent is held until it is released. Records are written in the background.
+hashes, room on the disk and cleaning up is here. Live bytes are never overwritten: a record goes where no extent is
+held, and an extent is held until it is released. Records are written in the background.
 """
 
 from __future__ import annotations
@@ -27,19 +27,20 @@ from ollm.errors import (
     ConfigurationError,
     CorruptDataError,
     StorageError,
+    StoreContractError,
 )
 from ollm.io.buffers import ALIGNMENT
 from ollm.io.scheduler import IOScheduler, scheduler_of
 from ollm.storage import shim
 from ollm.storage.datafile import DataFile, takes_unbuffered
-from ollm.storage.folder import MANIFEST, MANIFEST_TEMPORARY, RunFolder, segment_name
+from ollm.storage.folder import MANIFEST, RunFolder, segment_name
 from ollm.storage.manifest import Manifest
 from ollm.storage.options import StorageOptions
-from ollm.storage.records import DTYPE_CODES, STORE_ID_BYTES, padded, record_span
+from ollm.storage.records import DTYPE_CODES, STORE_ID_BYTES, record_bytes, record_span
 from ollm.storage.room import check_room, failed_write, reason
 from ollm.storage.segment import Moved, Segment, write_record
 from ollm.storage.tensors import lay_out, tensor_bytes
-from ollm.storage.write_behind import WriteBehind
+from ollm.storage.write_behind import BUFFERS, WriteBehind
 
 _MOST_SEGMENTS = 10**6
 
@@ -54,6 +55,7 @@ class SegmentedStorage:
         strategy: str,
         options: StorageOptions | None = None,
         parameters: Mapping[str, Any] | None = None,
+        write_buffers: int = BUFFERS,
         pinned: bool = False,
     ) -> None:
         """Start empty in `folder` and write the manifest.
@@ -63,6 +65,7 @@ class SegmentedStorage:
             strategy: the name that the manifest states.
             options: verification and limits.
             parameters: the strategy's own parameters, as JSON, for the manifest.
+            write_buffers: how many records of up to 4 MiB may wait to be written; then `write` waits.
             pinned: whether payloads come from a CUDA device.
         """
         if sys.byteorder != "little":
@@ -77,7 +80,10 @@ class SegmentedStorage:
         self.scheduler = scheduler_of(folder.path)
         """The workers of the disk that the folder is on."""
         self._writes = WriteBehind(
-            self.scheduler, lambda error, nbytes: failed_write(error, folder.path, nbytes), pinned=pinned
+            self.scheduler,
+            lambda error, nbytes: failed_write(error, folder.path, nbytes),
+            count=write_buffers,
+            pinned=pinned,
         )
         # also at interpreter exit, and when the user just drops the cache
         self._dispose = weakref.finalize(
@@ -90,7 +96,7 @@ class SegmentedStorage:
             parameters=dict(parameters or {}),
         )
         try:
-            _write_manifest(folder, manifest)
+            folder.replace_manifest(manifest.to_json())
             self.unbuffered = takes_unbuffered(self.path / MANIFEST)
             """Whether records are read and written past the page cache."""
         except OSError as error:
@@ -120,8 +126,9 @@ class SegmentedStorage:
         tokens: int,
         rows: int,
         dtype: str,
+        at: int | None = None,
     ) -> Extent:
-        """Append one record to a segment, which is made if it is new. All or nothing.
+        """Put one record into a segment, which is made if it is new. All or nothing.
 
         The payload is copied, and a worker writes it; if the disk refuses, it stays readable from memory, the next
         call raises, and the call after that tries again.
@@ -131,8 +138,10 @@ class SegmentedStorage:
             segment: number of the file, from 0.
             layer, start, tokens, rows: what the record is, checked again on every read.
             dtype: a name of the format's dtypes, or `opaque` for an encoding of the store's own.
+            at: where the record begins, a multiple of `ALIGNMENT`; by default behind all others.
 
         Raises:
+            StoreContractError: `at` is no place for it: something there may still be read.
             DiskFullError: no room; the message names the bytes needed and free. Nothing was added.
             StorageError: the system refused this or an earlier record. Nothing was added.
         """
@@ -144,13 +153,16 @@ class SegmentedStorage:
                 f"Keys and values of dtype {dtype} cannot be stored; the format has {', '.join(DTYPE_CODES)}."
             )
         length = sum(tensor.nbytes for tensor in payload)
-        size = ALIGNMENT + padded(length)
+        size = record_bytes(length)
         check_room(self.path, size, sum(segment.end for segment in self._segments.values()), self._options)
         try:
             target = self._segment(segment)
         except OSError as error:
             raise failed_write(error, self.path, size) from error
-        extent = Extent(layer, start, tokens, rows, length, segment, target.end + ALIGNMENT)
+        begin = target.end if at is None else at
+        if begin % ALIGNMENT or begin < 0 or not target.is_free(begin, begin + size):
+            raise StoreContractError(f"at={begin}: {size} bytes from there are not free in segment {segment}.")
+        extent = Extent(layer, start, tokens, rows, length, segment, begin + ALIGNMENT)
         buffer = self._writes.buffer(size)
         try:
             lay_out(payload, buffer[ALIGNMENT : ALIGNMENT + length])
@@ -210,11 +222,23 @@ class SegmentedStorage:
         for extent in extents:
             self._writes.forget((extent.segment, extent.offset))
         with self._lock:
-            for extent in extents:
-                if extent.segment in self._segments:
-                    self._segments[extent.segment].let_go(extent)
             for number in {extent.segment for extent in extents} & set(self._segments):
-                self._segments[number].cut()
+                self._segments[number].let_go(extent for extent in extents if extent.segment == number)
+
+    def frames(self, segment: int) -> tuple[Extent, ...]:
+        """The records that a segment's file itself tells of, in order of place, until the first one that is damaged or
+        cut off: how a log is recovered.
+
+        Raises:
+            StorageError: as `settle` does, or when the system cannot read.
+        """
+        self.flush()
+        if segment not in self._segments:
+            return ()
+        try:
+            return tuple(self._segments[segment].frames())
+        except OSError as error:
+            raise StorageError(f"Cannot read segment {segment} in {self.path}: {reason(error)}.") from error
 
     def close(self) -> None:
         """Close the files and remove the folder, once what is being written is done with. May be called twice.
@@ -251,22 +275,12 @@ class SegmentedStorage:
             name = segment_name(number)
             file = DataFile(self._folder.new_file(name, shim.UNBUFFERED * self.unbuffered), unbuffered=self.unbuffered)
             self._segments[number] = Segment(
-                self.path / name, file, store_id=self._store_id, verify=self._options.verify
+                number, self.path / name, file, store_id=self._store_id, verify=self._options.verify
             )
         return self._segments[number]
 
     def _rescue(self, extent: Extent, record: memoryview) -> bool:
         return self._writes.rescue((extent.segment, extent.offset), record)
-
-
-def _write_manifest(folder: RunFolder, manifest: Manifest) -> None:
-    """Replace the manifest in one step: readers see the old one or the new one."""
-    fd = folder.new_file(MANIFEST_TEMPORARY)
-    try:
-        shim.write_all(fd, memoryview(manifest.to_json()), 0)
-    finally:
-        shim.disk.close(fd)
-    shim.disk.replace(folder.path / MANIFEST_TEMPORARY, folder.path / MANIFEST)
 
 
 def _dispose(

@@ -47,13 +47,19 @@ class WriteBehind:
     """For one writer; `rescue` may be called from any thread."""
 
     def __init__(
-        self, scheduler: IOScheduler, explain: Callable[[OSError, int], Exception], *, pinned: bool = False
+        self,
+        scheduler: IOScheduler,
+        explain: Callable[[OSError, int], Exception],
+        *,
+        count: int = BUFFERS,
+        pinned: bool = False,
     ) -> None:
         """Nothing is being written.
 
         Args:
             scheduler: of the disk.
             explain: makes the error to be raised of what the system said to so many bytes.
+            count: how many records may wait.
             pinned: whether what is written comes from a CUDA device.
 
         Raises:
@@ -61,7 +67,7 @@ class WriteBehind:
         """
         self._scheduler = scheduler
         self._explain = explain
-        self._buffers = BufferPool("Write buffers", BUFFERS, BUFFER_BYTES, pinned=pinned)
+        self._buffers = BufferPool("Write buffers", count, BUFFER_BYTES, pinned=pinned)
         self._writes: OrderedDict[Place, _Write] = OrderedDict()
         self._lock = threading.Lock()
 
