@@ -27,10 +27,12 @@ from ollm.units import ByteSize, format_size, parse_size
 
 if TYPE_CHECKING:
     from ollm.storage.segments import SegmentedStorage
+    from ollm.storage.store import SegmentedStore
     from ollm.storage.tensors import LayerLayout, unpack
 
 _HEAVY = {
     "SegmentedStorage": "ollm.storage.segments",
+    "SegmentedStore": "ollm.storage.store",
     "LayerLayout": "ollm.storage.tensors",
     "unpack": "ollm.storage.tensors",
 }
@@ -59,6 +61,7 @@ __all__ = [
     "OffloadPlacement",
     "OllmError",
     "SegmentedStorage",
+    "SegmentedStore",
     "SpillPlan",
     "SpillPolicy",
     "StorageError",

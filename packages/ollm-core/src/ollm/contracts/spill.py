@@ -6,6 +6,8 @@ from abc import ABC, abstractmethod
 
 import attrs
 
+_READ_BYTES = 4 * 2**20
+
 
 @attrs.frozen
 class LayerGeometry:
@@ -67,6 +69,35 @@ class SpillPlan:
     """The same on the accelerator; on a CPU it means nothing."""
     read_buffers: int = attrs.field(default=12, validator=attrs.validators.ge(2))
     """How many reads of up to 4 MiB may be in flight, each with a buffer on the host."""
+
+    @classmethod
+    def for_memory(
+        cls,
+        memory: MemorySnapshot,
+        budget: int | None,
+        *,
+        flush_tokens: int,
+        flush_bytes: int,
+        hot_tokens: int = 0,
+    ) -> SpillPlan:
+        """A plan that keeps extents resident within the budget, on the accelerator first.
+
+        Without a budget, half of the free memory holds them: the rest is left to activations, to the weights of other
+        models and to other programs. Twelve reads are in flight, fewer where their buffers would take more than a
+        sixteenth of the free memory.
+        """
+        host, device = memory.host_free // 2, 0 if memory.device_type == "cpu" else memory.device_free // 2
+        if budget is not None:
+            device = min(budget, device)
+            host = budget - device
+        return cls(
+            flush_tokens=flush_tokens,
+            flush_bytes=flush_bytes,
+            hot_tokens=hot_tokens,
+            resident_bytes=host,
+            resident_bytes_device=device,
+            read_buffers=max(2, min(12, memory.host_free // 16 // _READ_BYTES)),
+        )
 
 
 class SpillPolicy(ABC):

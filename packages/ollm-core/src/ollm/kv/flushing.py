@@ -19,13 +19,14 @@ def tokens_to_flush(plan: SpillPlan, extent_tokens: int | None, token_bytes: int
         short: tokens of a last extent that can grow, and is written anew then.
     """
     most = (plan.flush_bytes - 1) // token_bytes  # that may stay in the tail
+    hot = min(plan.hot_tokens, most // 2)  # what stays leaves room for more, so that extents do not become tiny
     if pending < (extent_tokens or plan.flush_tokens) and pending <= most:
         return 0
-    flush = max(pending - plan.hot_tokens, 0)
+    flush = max(pending - hot, 0)
     if extent_tokens is None or flush == 0:
         return flush
     whole = (short + flush) // extent_tokens * extent_tokens
-    if pending - max(whole - short, 0) > max(most, plan.hot_tokens):
+    if pending - max(whole - short, 0) > most:
         return short + flush
     return whole if whole > short else 0
 

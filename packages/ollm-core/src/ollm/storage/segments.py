@@ -111,6 +111,11 @@ class SegmentedStorage:
         """The private folder."""
         return self._folder.path
 
+    @staticmethod
+    def record_bytes(payload_bytes: int) -> int:
+        """What a record takes on disk, header and padding included."""
+        return record_bytes(payload_bytes)
+
     @property
     def buffer_bytes(self) -> int:
         """Memory of the buffers in which records wait to be written."""

@@ -1,0 +1,146 @@
+"""The store: the contract within the error bound, one encoding for ever, and its bytes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from core.storage_fixtures import open_storage
+from core.store_contract import StoreContract, block, machine, raw_of, read
+from ollm.contracts.spill import SpillPlan
+from ollm.errors import NonFiniteError
+from ollm.kv.history import LayerHistory
+from ollm.kv.session import KVSession
+from ollm.plugin import KVBlock
+from ollm_kv_quant import REPRESENTATIONS
+from ollm_kv_quant.codecs import codec
+from ollm_kv_quant.store import QuantizedStore
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+def make(folder, name=REPRESENTATIONS[0]):
+    return QuantizedStore(open_storage(folder), codec(name))
+
+
+def make_session(folder, name=REPRESENTATIONS[0], resident_bytes=0):
+    plan = SpillPlan(flush_tokens=8, flush_bytes=2**30, resident_bytes=resident_bytes)
+    session = KVSession(make(folder, name), plan, strategy="test", layers=[0], lossless=False)
+    return session, LayerHistory(0, session)
+
+
+def nearly(ours, theirs):
+    """Within the bound of int8, for numbers as the contract's tests make them."""
+    assert ours.dtype == theirs.dtype
+    assert (ours.double() - theirs.double()).abs().max() <= 6 / 254 + 6 * 2**-8
+
+
+class TestQuantized(StoreContract):
+    same = staticmethod(nearly)
+
+    def make(self, folder):
+        return make(folder)
+
+
+class TestQuantizedPerToken(StoreContract):
+    same = staticmethod(nearly)
+
+    def make(self, folder):
+        return make(folder, "int8-per-token")
+
+
+TestQuantizedMachine = machine(make, nearly)
+
+
+@pytest.mark.parametrize("name", REPRESENTATIONS)
+def test_the_payload_has_the_bytes_that_were_written_down(tmp_path, name):
+    store = make(tmp_path, name)
+    keys = (torch.arange(-16, 16, dtype=torch.float32) / 4).reshape(1, 2, 2, 8)
+    store.append(0, keys, keys[..., :4] * 3)
+    assert bytes(raw_of(store, store.extents(0)[0]).numpy()).hex() == (GOLDEN / f"{name}.hex").read_text().strip()
+    store.close()
+
+
+@pytest.mark.parametrize("name", REPRESENTATIONS)
+def test_decoding_into_a_given_place(tmp_path, name):
+    store = make(tmp_path, name)
+    store.append(0, *block(5))
+    (extent,) = store.extents(0)
+    place = KVBlock(torch.full((2, 3, 5, 8), float("nan")), torch.full((2, 3, 5, 8), float("nan")))
+    decoded = store.decode(extent, raw_of(store, extent), place)
+    assert decoded.keys is place.keys
+    assert decoded.values is place.values
+    keys, values = read(store, extent)
+    assert torch.equal(place.keys * decoded.key_scale, keys)
+    assert torch.equal(place.values * decoded.value_scale, values)
+    store.close()
+
+
+def test_a_refused_extent_adds_nothing(tmp_path):
+    store = make(tmp_path)
+    store.append(0, *block(4))
+    keys, values = block(4)
+    values[1, 2, 3, 4] = float("nan")
+    before = store.extents(0), store.stats().disk_bytes
+    with pytest.raises(NonFiniteError):
+        store.append(0, keys, values)
+    assert (store.extents(0), store.stats().disk_bytes) == before
+    store.close()
+
+
+@pytest.mark.parametrize("name", REPRESENTATIONS)
+@pytest.mark.parametrize("resident_bytes", [0, 2**20])
+def test_cropping_and_going_on_never_encodes_again(tmp_path, name, resident_bytes):
+    """What an extent decodes to when it is first stored is what it decodes to after any crop into it."""
+    session, layer = make_session(tmp_path, name, resident_bytes)
+    layer.append(*block(10, seed=1))
+    first = [tensor.clone() for tensor in layer.gather(*block(0))]
+    for length in (9, 7, 3):
+        layer.crop(length)
+        assert layer.tail.tokens == 0, "nothing comes back to be encoded again"
+        for ours, before in zip(layer.gather(*block(0)), first, strict=True):
+            assert torch.equal(ours, before[:, :, :length])
+    layer.append(*block(9, seed=2))
+    assert layer.tokens == 12
+    for ours, before in zip(layer.gather(*block(0)), first, strict=True):
+        assert torch.equal(ours[:, :, :3], before[:, :, :3])
+    layer.crop(0)
+    assert session.store.stats().disk_bytes == 0
+    session.close()
+
+
+def test_a_fork_keeps_an_extent_that_its_origin_cut(tmp_path):
+    session, layer = make_session(tmp_path)
+    layer.append(*block(8))
+    fork = layer.fork(1)
+    whole = [tensor.clone() for tensor in fork.gather(*block(0))]
+    layer.crop(5)
+    layer.crop(0)
+    layer.append(*block(8, seed=3))
+    assert all(map(torch.equal, fork.gather(*block(0)), whole))
+    assert "cut in two that another cache shares" in fork.why_not_crop(5)
+    fork.close()
+    assert len(session.store.extents(0)) == 1
+    session.close()
+
+
+def test_half_of_what_is_resident_is_not_read(tmp_path):
+    """The budget holds records as they are stored, and the same ones for ever."""
+    store = make(tmp_path / "other")
+    store.append(0, *block(8))
+    record = store.extents(0)[0].nbytes
+    store.close()
+    session, layer = make_session(tmp_path, resident_bytes=4 * record)
+    for seed in range(8):
+        layer.append(*block(8, seed=seed))
+    results, reads = [], []
+    for _ in range(4):
+        before = session.counters.loaded_bytes
+        results.append([tensor.clone() for tensor in layer.gather(*block(0))])
+        reads.append(session.counters.loaded_bytes - before)
+    assert reads == [8 * record, 4 * record, 4 * record, 4 * record]
+    assert session.source.resident_bytes == 4 * record
+    assert all(all(map(torch.equal, result, results[0])) for result in results)
+    session.close()
