@@ -14,6 +14,14 @@ STRATEGIES = {
     "chunked, some resident": {"cache_strategy": "chunked", "ram_budget": "12KiB"},
     "chunked, prompts in pieces": {"cache_strategy": "chunked", "ram_budget": 0, "dense_projection_chunk_rows": 5},
     "resident": {"cache_strategy": "resident"},
+    "paged": {"cache_strategy": "paged", "ram_budget": 0, "options": {"page_tokens": 4}},
+    "segmented": {"cache_strategy": "streamed-segmented", "ram_budget": 0, "options": {"segment_bytes": "40KiB"}},
+    "journal": {
+        "cache_strategy": "log-structured-journal",
+        "ram_budget": "12KiB",
+        "options": {"compaction_entries": 3},
+    },
+    "tiered": {"cache_strategy": "tiered-write-back", "ram_budget": 0, "dense_projection_chunk_rows": 7},
     "chunked, tensor mode": {"cache_strategy": "chunked", "ram_budget": 0, "mode": "tensor"},
 }
 

@@ -19,8 +19,19 @@ from together.comparison import assert_close, assert_same, cache_for, generate, 
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"cache_strategy": "chonked"}, UnknownStrategyError, "named 'chonked'.*chunked, resident.*Did you mean"),
-        ({"cache_strategy": "paged"}, UnknownStrategyError, "reserved for ollm-kv-paged, which this version"),
+        ({"cache_strategy": "chonked"}, UnknownStrategyError, "named 'chonked'.*chunked, .*resident.*Did you mean"),
+        ({"cache_strategy": "paged", "options": {"page_tokens": 0}}, ConfigurationError, "page_tokens=0 is less"),
+        ({"cache_strategy": "sliding-window-ring-buffer"}, ConfigurationError, "give the number of newest tokens"),
+        (
+            {"cache_strategy": "quantized-cold-tier", "options": {"representation": "int3"}},
+            ConfigurationError,
+            "'int3' is none of int8-symmetric-per-tensor, int8-per-token, int4",
+        ),
+        (
+            {"cache_strategy": "log-structured-journal", "options": {"compaction_entries": 1}},
+            ConfigurationError,
+            "compaction_entries=1 is less than 2",
+        ),
         ({"cache_dir": ""}, ConfigurationError, "cache_dir='': cache_strategy='chunked' keeps keys and values on disk"),
         ({"cache_dir": None}, ConfigurationError, "cache_dir=None"),
         ({"cache_window_tokens": 64}, ConfigurationError, "cache_window_tokens=64 with cache_strategy='chunked'"),

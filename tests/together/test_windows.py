@@ -16,6 +16,9 @@ from together.comparison import assert_close, assert_same, cache_for, generate, 
 WINDOW = 12
 
 
+STRATEGIES = ("tiny-window", "sliding-window-ring-buffer")
+
+
 def windowed(model, tmp_path, window=WINDOW, **more):
     arguments = {"cache_strategy": "tiny-window", "ram_budget": None, "cache_window_tokens": window, **more}
     return cache_for(model, tmp_path, **arguments)
@@ -35,11 +38,14 @@ def sliding_twin(model):
 @pytest.mark.parametrize("prompt", [5, WINDOW, WINDOW + 1, 50])
 @pytest.mark.parametrize("settings", [{}, {"prefill_chunk_size": 7}])
 @pytest.mark.parametrize("rows", [4096, 5])
-def test_a_window_is_exactly_transformers_sliding_window(model, sliding_twin, prompt, settings, rows, tmp_path):
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_window_is_exactly_transformers_sliding_window(
+    model, sliding_twin, prompt, settings, rows, strategy, tmp_path
+):
     """Prompts shorter and much longer than the window, whole and in pieces, then far beyond it."""
     ids = tokens(2, prompt)
     stock = generate(sliding_twin, ids, stock_cache(sliding_twin), new_tokens=40, **settings)
-    with windowed(model, tmp_path, dense_projection_chunk_rows=rows) as cache:
+    with windowed(model, tmp_path, dense_projection_chunk_rows=rows, cache_strategy=strategy) as cache:
         assert_same(generate(model, ids, cache, new_tokens=40, **settings), stock)
         state = cache.state()
         assert state.tokens == prompt + 39, "the true length, not the window's"
@@ -48,14 +54,15 @@ def test_a_window_is_exactly_transformers_sliding_window(model, sliding_twin, pr
 
 
 @pytest.mark.parametrize("sinks", [0, 1, 4])
-def test_sinks_stay_visible(model, sinks, tmp_path):
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_sinks_stay_visible(model, sinks, strategy, tmp_path):
     ids = tokens(1, 60)
     position = torch.arange(60)
     seen = (position[None] <= position[:, None]) & (
         (position[None] > position[:, None] - WINDOW) | (position[None] < sinks)
     )
     truth = model(ids, attention_mask=seen[None, None], use_cache=False).logits
-    with windowed(model, tmp_path, options={"sink_tokens": sinks}) as cache:
+    with windowed(model, tmp_path, cache_strategy=strategy, options={"sink_tokens": sinks}) as cache:
         ours = [model(part, past_key_values=cache).logits for part in ids.split([33, 1, 1, 20, 1, 4], dim=1)]
     assert_close(torch.cat(ours, dim=1), truth)
 
@@ -96,10 +103,29 @@ def test_a_windowed_strategy_needs_a_window(model, window):
 
 
 def test_a_full_strategy_names_those_that_keep_a_window(model, tmp_path):
-    with pytest.raises(ConfigurationError, match="Strategies that keep a window: tiny-window"):
+    with pytest.raises(
+        ConfigurationError, match="Strategies that keep a window: sliding-window-ring-buffer, tiny-window"
+    ):
         disk_cache(model, cache_dir=tmp_path, cache_window_tokens=64)
 
 
 def test_a_window_needs_blocks():
     with pytest.raises(ConfigurationError, match="keeps a window, which needs mode='block'; blocks do not work"):
         disk_cache(make("bloom"), cache_strategy="tiny-window", cache_window_tokens=8)
+
+
+def test_three_and_three_tokens_in_a_window_of_four(model, tmp_path):
+    with windowed(model, tmp_path, window=4, cache_strategy="sliding-window-ring-buffer", spill_policy=None) as cache:
+        for part in tokens(1, 6).split(3, dim=1):
+            model(part, past_key_values=cache)
+        state = cache.state()
+    assert (state.tokens, state.evictions, state.evicted_tokens) == (6, 1, 2)
+
+
+def test_a_ring_takes_no_more_disk_however_long_it_runs(model, tmp_path):
+    sizes = []
+    with windowed(model, tmp_path, cache_strategy="sliding-window-ring-buffer") as cache:
+        for _ in range(20):
+            model(tokens(1, 10), past_key_values=cache)
+            sizes.append(cache.state().disk_bytes)
+    assert max(sizes) == max(sizes[:4]), "it has turned around once by then"

@@ -173,5 +173,10 @@ def _view(raw: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _multiply(out: Tensor, scales: Tensor) -> None:
-    """Scales of another dtype are converted first, which is much faster, unless they might become 0 or infinite."""
-    out.mul_(scales.float() if out.dtype == torch.float16 else scales.to(out.dtype))
+    """Scales are converted to the dtype first, which is much faster. In float16 they might become 0, and a product that
+    was rounded up infinite: there it is computed in fp32."""
+    if out.dtype == torch.float16:
+        largest = torch.finfo(torch.float16).max
+        out.copy_((out * scales.float()).clamp_(-largest, largest))
+    else:
+        out.mul_(scales.to(out.dtype))
