@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from contextlib import closing
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 PROGRESS = "@progress "
@@ -109,20 +109,24 @@ def _on_disk(request: Request, disk: RawDisk) -> Measured:
         cache_strategy=request.case.strategy or "",
         ram_budget=request.case.ram_budget,
     )
-    with closing(cache):
+    with ExitStack() as opened:
+        opened.callback(cache.close)
         fill_seconds, fill_peak = _fill(request, model, cache, memory)
+        if request.case.forks > 1:
+            cache = cache.fork(request.case.forks)
+            opened.callback(cache.close)
         disk.write_some()
         for step in range(WARM_UP_STEPS):
             say(f"decoding, warm-up {step + 1} of {WARM_UP_STEPS}")
             with memory.window(decode_peaks):
-                decode_one(model, cache)
+                decode_one(model, cache, request.case.forks)
         state = cache.state()
-        cold = max(request.geometry.kv_bytes(request.case.tokens) - state.resident_bytes, 0)
+        cold = max(state.disk_bytes - state.resident_bytes, 0)
         files = sorted(state.directory.glob("segment-*")) if state.directory is not None else []
 
         def read_raw() -> None:
             """What a step reads, as raw as can be: the disk drifts from minute to minute."""
-            if cold > request.geometry.kv_bytes(request.case.tokens) // 100:
+            if cold > state.disk_bytes // 50:
                 disk.read_files(files, cold)
 
         read_raw()
@@ -133,7 +137,7 @@ def _on_disk(request: Request, disk: RawDisk) -> Measured:
             if not state.unbuffered:
                 not_dropped = drop_page_cache()
             with memory.window(decode_peaks):
-                seconds.append(_timed(lambda: decode_one(model, cache)))
+                seconds.append(_timed(lambda: decode_one(model, cache, request.case.forks)))
             read_raw()
         state = cache.state()
         if not disk.rates.reads:
@@ -142,6 +146,7 @@ def _on_disk(request: Request, disk: RawDisk) -> Measured:
         rates=disk.rates,
         step_seconds=seconds,
         bytes_per_step=(state.bytes_read - before) // request.steps,
+        stored_bytes=state.disk_bytes,
         fill_seconds=fill_seconds,
         bytes_written=state.bytes_written,
         fill_peak=fill_peak,

@@ -83,10 +83,10 @@ def make_model(geometry: Geometry, tokens: int) -> Any:
     return model
 
 
-def decode_one(model: Any, cache: Any) -> None:
-    """One step of generation: a single token, attending to all that the cache holds."""
-    mask = torch.ones(1, int(cache.get_seq_length()) + 1, dtype=torch.long)
-    model(torch.tensor([[7]]), attention_mask=mask, past_key_values=cache)
+def decode_one(model: Any, cache: Any, rows: int = 1) -> None:
+    """One step of generation: a single token for each row, attending to all that the cache holds."""
+    mask = torch.ones(rows, int(cache.get_seq_length()) + 1, dtype=torch.long)
+    model(torch.full((rows, 1), 7), attention_mask=mask, past_key_values=cache)
 
 
 def piece_tokens(geometry: Geometry) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 import attrs
 
@@ -30,9 +30,22 @@ class Free:
 
 
 def plan_cases(
-    geometry: Geometry, tokens: Sequence[int], strategies: Sequence[str], *, steps: int, ram_budget: int | None
+    geometry: Geometry,
+    tokens: Sequence[int],
+    strategies: Sequence[str],
+    *,
+    steps: int,
+    ram_budget: int | None,
+    forks: int = 1,
+    lossy: Collection[str] = (),
 ) -> list[Case]:
-    """Every case in the order of running: the baselines around those that are compared with them."""
+    """Every case in the order of running: the baselines around those that are compared with them.
+
+    Args:
+        geometry, tokens, strategies, steps, ram_budget: what to measure.
+        forks: how many continuations decode at once in one more case of each strategy, if more than one.
+        lossy: the strategies whose bytes are not known beforehand, so that there is no half of them.
+    """
     cases = [Case(kind="disk", tokens=max(tokens))]
     for count in tokens:
         cases += [Case(kind="static", tokens=count), Case(kind="dynamic", tokens=count)]
@@ -40,7 +53,17 @@ def plan_cases(
             cases += [
                 Case(kind="strategy", tokens=count, strategy=strategy, residency=name, ram_budget=budget)
                 for name, budget in _budgets(geometry, count, steps, ram_budget)
+                if not (name == "half" and strategy in lossy)
             ]
+            if forks > 1:
+                budget = ram_budget or 0
+                residency = "budget" if budget else "nothing"
+                cases.append(
+                    Case(
+                        kind="strategy", tokens=count, strategy=strategy, residency=residency, ram_budget=budget,
+                        forks=forks,
+                    )
+                )  # fmt: skip
         cases.append(Case(kind="static", tokens=count))  # again: the machine drifts, too
     return cases
 

@@ -49,6 +49,8 @@ class Case:
     residency: str | None = None
     """`nothing`, `half`, `everything`, or `budget` for a size that the user chose."""
     ram_budget: int | None = None
+    forks: int = 1
+    """How many continuations of what the cache is filled with decode at once."""
 
     @property
     def label(self) -> str:
@@ -58,7 +60,7 @@ class Case:
             return names[self.kind]
         if self.residency == "budget":
             return f"{self.strategy}, {format_size(self.ram_budget or 0)} resident"
-        return f"{self.strategy}, {self.residency} resident"
+        return f"{self.strategy}, {self.residency} resident" + (f", {self.forks} forks" if self.forks > 1 else "")
 
 
 @attrs.frozen(kw_only=True)
@@ -118,6 +120,8 @@ class Measured:
     fill_seconds: float = 0.0
     """Of `cache.update`, and of waiting until the disk has what it was given."""
     bytes_written: int = 0
+    stored_bytes: int = 0
+    """What the cache takes on disk in the end."""
     fill_peak: int = 0
     decode_peak: int = 0
     page_cache: str = "not dropped: nothing of this case is read from a disk"

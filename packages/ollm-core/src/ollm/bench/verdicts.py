@@ -12,6 +12,11 @@ from ollm.bench.records import Geometry, Measured, Outcome, Verdict
 
 _MOST_TIMES = 1.15
 _MOST_OF_DYNAMIC = 0.8
+_MOST_OF_ONE = 1.5
+"""What a step of many continuations of one document may cost."""
+_MOST_OF_BYTES = 0.55
+_MOST_OF_EXACT = 0.9
+"""A strategy that stores less than this does not store what it is given."""
 _FAST_DISK = 1.3e9
 """From this raw read rate on, a cache on disk must also beat DynamicCache."""
 _LEAST_OF_WRITING = 0.8
@@ -38,20 +43,30 @@ def _judge_one(outcome: Outcome, outcomes: Sequence[Outcome], geometry: Geometry
         return outcome
     verdicts: list[Verdict] = []
     if outcome.case.kind == "strategy":
-        dynamic = _baseline(outcomes, "dynamic", outcome.case.tokens)
-        verdicts = _verdicts(outcome, measured, geometry, static, dynamic, limited)
+        verdicts = _verdicts(outcome, measured, geometry, outcomes, limited)
     return attrs.evolve(
         outcome, achievable_seconds=achievable, possible=measured.seconds / achievable, verdicts=verdicts
     )
 
 
 def _verdicts(
-    outcome: Outcome, measured: Measured, geometry: Geometry, static: float | None, dynamic: float | None, limited: bool
+    outcome: Outcome, measured: Measured, geometry: Geometry, outcomes: Sequence[Outcome], limited: bool
 ) -> list[Verdict]:
     assert measured.rates is not None  # every strategy's case measures the disk
-    found = []
+    static, dynamic = (_baseline(outcomes, kind, outcome.case.tokens) for kind in ("static", "dynamic"))
+    found: list[Verdict] = []
     residency = outcome.case.residency
-    everything = geometry.kv_bytes(outcome.case.tokens)
+    exact = geometry.kv_bytes(outcome.case.tokens)
+    everything = min(exact, measured.stored_bytes or exact)
+    if outcome.case.forks > 1:
+        alone = [other.measured for other in outcomes if other.case == attrs.evolve(outcome.case, forks=1)]
+        return [
+            _most("forks", "seconds, of a step of one", measured.seconds / one.seconds, _MOST_OF_ONE)
+            for one in alone
+            if one is not None
+        ]
+    if everything < _MOST_OF_EXACT * exact:
+        found += _of_fewer_bytes(outcome, measured, outcomes, everything / exact)
     if residency == "nothing":
         found.append(_times("P1", "seconds, of what is possible", measured, static, everything))
         if dynamic is not None and measured.rates.read >= _FAST_DISK:
@@ -59,7 +74,7 @@ def _verdicts(
         found.append(_most("P2", "memory above the model", measured.peak / 1e6, STRATEGY_BYTES / 1e6, "MB"))
         if limited:
             found.append(_times("P5", "seconds inside the limit, of reading raw", measured, None, everything))
-    if residency == "everything" and static is not None:
+    if residency == "everything" and static is not None and everything >= _MOST_OF_EXACT * exact:
         found.append(_most("P3", "seconds, of StaticCache's", measured.seconds / static, _MOST_TIMES))
     if residency == "half":
         found.append(_times("P4", "seconds, of what is possible", measured, static, everything // 2))
@@ -78,6 +93,24 @@ def _verdicts(
             )
         )
     return found
+
+
+def _of_fewer_bytes(outcome: Outcome, measured: Measured, outcomes: Sequence[Outcome], share: float) -> list[Verdict]:
+    """P7, for strategies that store less than they are given."""
+    assert measured.rates is not None
+    resident = [
+        other.measured.seconds
+        for other in outcomes
+        if other.measured is not None and other.case.residency == "everything"
+        and (other.case.strategy, other.case.tokens) == (outcome.case.strategy, outcome.case.tokens)
+    ]  # fmt: skip
+    if outcome.case.residency != "nothing" or not resident:
+        return []
+    possible = max(measured.stored_bytes / measured.rates.read, *resident)
+    return [
+        _most("P7", "bytes, of the exact ones", share, _MOST_OF_BYTES),
+        _most("P7", "seconds, of reading raw or of its own all resident", measured.seconds / possible, _MOST_TIMES),
+    ]
 
 
 def _times(bar: str, what: str, measured: Measured, static: float | None, needed: int) -> Verdict:

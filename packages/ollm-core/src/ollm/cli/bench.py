@@ -56,6 +56,9 @@ _Limit = Annotated[
     str | None,
     typer.Option(metavar="SIZE", help="Run each case inside a memory cgroup of this size; needs root."),
 ]
+_Forks = Annotated[
+    int, typer.Option(help="Measure also a step of so many continuations of one document, which share what is stored.")
+]
 _Steps = Annotated[int, typer.Option(help="Decode steps to measure in each case; their median counts.")]
 _Json = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write all that was measured to this file.")]
 _Plot = Annotated[Path | None, typer.Option(metavar="FILE.png", help="Draw the result; needs the extra 'plot'.")]
@@ -78,6 +81,7 @@ def kv(
     ram_budget: _Budget = None,
     cache_dir: _CacheDir = Path(),
     memory_limit: _Limit = None,
+    forks: _Forks = 1,
     steps: _Steps = 5,
     json_file: _Json = None,
     plot: _Plot = None,
@@ -89,6 +93,7 @@ def kv(
     """
     lengths = _numbers(tokens)
     _at_least_one("--steps", steps)
+    _at_least_one("--forks", forks)
     budget = None if ram_budget is None else parse_size(ram_budget, "--ram-budget")
     limit = _memory_limit(memory_limit)
     if not cache_dir.is_dir():
@@ -102,7 +107,7 @@ def kv(
     names = _strategies(strategies)
     geometry = _geometry(model, {"--layers": layers, "--kv-heads": kv_heads, "--head-dim": head_dim}, dtype)
 
-    report = _run(lengths, geometry, names, budget=budget, cache_dir=cache_dir, limit=limit, steps=steps)
+    report = _run(lengths, geometry, names, budget=budget, cache_dir=cache_dir, limit=limit, steps=steps, forks=forks)
     _show(report, json_file, plot)
     if report.failed:
         raise typer.Exit(1)
@@ -117,6 +122,7 @@ def _run(
     cache_dir: Path,
     limit: int | None,
     steps: int,
+    forks: int,
 ) -> Report:
     from rich.console import Console
 
@@ -127,7 +133,9 @@ def _run(
     from ollm.bench.run import private_folder, run_cases
     from ollm.bench.verdicts import judge
 
-    cases = plan_cases(geometry, tokens, strategies, steps=steps, ram_budget=budget)
+    cases = plan_cases(
+        geometry, tokens, strategies, steps=steps, ram_budget=budget, forks=forks, lossy=_lossy(strategies)
+    )  # fmt: skip
     with private_folder(cache_dir) as folder, show_progress(len(cases), Console(stderr=True)) as progress:
         outcomes = run_cases(cases, geometry, folder=folder, steps=steps, memory_limit=limit, progress=progress)
     machine = describe_machine(cache_dir)
@@ -201,6 +209,14 @@ def _strategies(text: str | None) -> list[str]:
         return [name for name, its in facts.items() if its and its.lossless and its.full_history and its.directory]
     chosen = [_on_disk(names.get(Kind.KV_STORE, part.strip())) for part in text.split(",")]
     return list(dict.fromkeys(map(names.name_of, chosen)))
+
+
+def _lossy(strategies: Sequence[str]) -> list[str]:
+    from ollm.registry import Kind, registry
+
+    names = registry()
+    facts = {name: names.get(Kind.KV_STORE, name).strategy.facts for name in strategies}
+    return [name for name, its in facts.items() if its and not its.lossless]
 
 
 def _on_disk(offer: Offer) -> Offer:
