@@ -148,3 +148,38 @@ def test_a_report_survives_json():
     assert cattrs.structure(json.loads(json.dumps(cattrs.unstructure(report))), Report) == report
     assert report.failed
     assert not attrs.evolve(report, outcomes=found[:-1]).failed
+
+
+def test_forks_are_one_more_case_and_lossy_strategies_have_no_half():
+    cases = plan_cases(
+        GEOMETRY, [1000], ["chunked", "rounding"], steps=5, ram_budget=None, forks=16, lossy=["rounding"]
+    )  # fmt: skip
+    found = [(case.strategy, case.residency, case.forks) for case in cases if case.kind == "strategy"]
+    assert found == [
+        ("chunked", "nothing", 1), ("chunked", "half", 1), ("chunked", "everything", 1), ("chunked", "nothing", 16),
+        ("rounding", "nothing", 1), ("rounding", "everything", 1), ("rounding", "nothing", 16),
+    ]  # fmt: skip
+    assert cases[6].label == "chunked, nothing resident, 16 forks"
+
+
+@pytest.mark.parametrize(("seconds", "reached"), [(3.4, True), (3.5, False)])
+def test_a_step_of_many_forks_is_compared_with_a_step_of_one(seconds, reached):
+    found = outcomes(nothing=measured(2.3, EVERYTHING))
+    forks = attrs.evolve(found[-1].case, forks=16)
+    found.append(Outcome(case=forks, status="done", measured=measured(seconds, EVERYTHING)))
+    by_bar, _ = verdicts(found)
+    assert [bar for bar, _ in by_bar] == ["forks"]
+    assert by_bar["forks", "one"].reached is reached
+
+
+@pytest.mark.parametrize(
+    ("share", "seconds", "resident", "bytes_ok", "seconds_ok"),
+    [(0.5, 1.2, 0.4, 1, 1), (0.5, 1.3, 0.4, 1, 0), (0.5, 1.3, 1.2, 1, 1), (0.6, 1.2, 0.4, 0, 1)],
+)
+def test_fewer_bytes_are_judged_by_their_own_number(share, seconds, resident, bytes_ok, seconds_ok):
+    """P7: by reading them raw (1 GB/s here), or by the strategy's own step with everything resident."""
+    stored = int(share * EVERYTHING)
+    found = outcomes(everything=measured(resident), nothing=measured(seconds, stored, stored_bytes=stored))
+    by_bar, _ = verdicts(found)
+    bytes_verdict, seconds_verdict = (verdict for (bar, _), verdict in by_bar.items() if bar == "P7")
+    assert (bytes_verdict.reached, seconds_verdict.reached) == (bytes_ok, seconds_ok)

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
+from core.golden_files import check_golden, fix_store_id, small_block
 from core.storage_fixtures import open_storage
 from core.store_contract import StoreContract, machine, read
 from ollm.builtin.chunked import ChunkedStore
 from ollm.builtin.resident import ResidentStore
 from ollm.errors import StorageError
+
+GOLDEN = Path(__file__).parent / "golden"
 
 
 def make_chunked(folder):
@@ -53,3 +58,12 @@ def test_a_dtype_that_the_format_does_not_have_is_refused(tmp_path):
         store.append(0, keys, keys)
     assert store.extents(0) == ()
     store.close()
+
+
+def test_the_files_of_chunked_have_the_bytes_that_were_written_down(tmp_path, monkeypatch):
+    fix_store_id(monkeypatch)
+    store = make_chunked(tmp_path)
+    for layer in range(2):
+        for number in range(2):
+            store.append(layer, *small_block(2 + number, 100 * layer + 10 * number, rows=1 + layer))
+    check_golden(store, GOLDEN / "chunked.txt")

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import random
+from pathlib import Path
 
 import hypothesis.strategies as st
 import pytest
 from hypothesis import given
 
+from core.golden_files import check_golden, fix_store_id, small_block
 from core.storage_fixtures import open_storage
 from core.store_contract import StoreContract, block, machine
 from ollm_kv_journal.journal import Entry, JournalStore
 
 ALIGNMENT = 4096
+GOLDEN = Path(__file__).parent / "golden"
 
 
 def make(folder, entries=4):
@@ -161,3 +164,15 @@ def test_frames_of_another_journal_are_no_frames(tmp_path):
     assert ours.recover(0) == ours.extents(0)[:1]
     ours.close()
     other.close()
+
+
+def test_the_file_has_the_bytes_that_were_written_down(tmp_path, monkeypatch):
+    fix_store_id(monkeypatch)
+    store = make(tmp_path)
+    for number, tokens in enumerate((2, 1, 3)):
+        store.append(0, *small_block(tokens, 10 * number))
+    dropped = store.extents(0)[2:]
+    store.truncate(0, 3)
+    store.append(0, *small_block(1, 70))
+    store.release(dropped)
+    check_golden(store, GOLDEN / "log-structured-journal.txt")

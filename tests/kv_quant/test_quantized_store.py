@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from core.golden_files import check_golden, fix_store_id, small_block
 from core.storage_fixtures import open_storage
 from core.store_contract import StoreContract, block, machine, raw_of, read
 from ollm.contracts.spill import SpillPlan
@@ -144,3 +145,12 @@ def test_half_of_what_is_resident_is_not_read(tmp_path):
     assert session.source.resident_bytes == 4 * record
     assert all(all(map(torch.equal, result, results[0])) for result in results)
     session.close()
+
+
+def test_the_file_has_the_bytes_that_were_written_down(tmp_path, monkeypatch):
+    fix_store_id(monkeypatch)
+    store = make(tmp_path)
+    store.append(0, *small_block(2, 10))
+    store.append(0, *small_block(3, 30))
+    store.truncate(0, 4)
+    check_golden(store, GOLDEN / "quantized-cold-tier.txt")

@@ -65,8 +65,8 @@ def adapter_directory(tmp_path_factory, model_directory) -> Path:
 @pytest.fixture
 def docs_folder(tmp_path, monkeypatch, model_directory, adapter_directory) -> Path:
     """A working directory as the pages assume it: models and an adapter where they say."""
-    for place in ("models", "demo/work/models"):
-        shutil.copytree(model_directory, tmp_path / place / "llama3-1B-chat")
+    shutil.copytree(model_directory, tmp_path / "models" / "llama3-1B-chat")
+    (tmp_path / "benchmarks").symlink_to(ROOT / "benchmarks")
     shutil.copytree(adapter_directory, tmp_path / "myadapter" / "checkpoint-20")
     monkeypatch.chdir(tmp_path)
     return tmp_path

@@ -34,7 +34,7 @@ class PagedOptions(StorageOptions):
 
     page_tokens: int | None = option(
         None,
-        help="Tokens of a page. Default: a power of two that makes pages of about 1 MiB for one row.",
+        help="Tokens of a page. Default: a power of two that makes pages of at most 2 MiB for one row.",
         validator=_positive,
     )
 

@@ -12,12 +12,12 @@ import attrs
 from ollm.plugin import KVGeometry, SegmentedStorage
 from ollm_kv_paged.slots import Pool, SlottedStore
 
-_PAGE_BYTES = 2**20
+_PAGE_BYTES = 2 * 2**20
 _MOST_PAGE_TOKENS = 4096
 
 
 def default_page_tokens(geometry: KVGeometry) -> int:
-    """The largest power of two whose pages take at most 1 MiB in every layer, for one row."""
+    """The largest power of two whose pages take at most 2 MiB in every layer, for one row."""
     token_bytes = max((layer.bytes_per_token for layer in geometry.layers), default=1)
     tokens = min(max(_PAGE_BYTES // token_bytes, 1), _MOST_PAGE_TOKENS)
     return 1 << (tokens.bit_length() - 1)

@@ -32,17 +32,32 @@ def attend_shared(
         riders.setdefault(stored, []).append(row)
     if visible is Visible.DIAGONAL and len(riders) < rows:
         visible = torch.ones(queries, queries, dtype=torch.bool, device=query.device).tril()
+    tiles = [
+        _attend_group(query, keys[stored, None], values[stored, None], visible, group, **settings)
+        for stored, group in riders.items()
+    ]
+    if len(tiles) == 1:  # all rows, in order
+        return tiles[0]
     out = query.new_empty(rows, heads, queries, values.shape[-1], dtype=torch.float32)
     lse = query.new_empty(rows, heads, queries, dtype=torch.float32)
-    bias = settings["bias"]
-    for stored, group in riders.items():
-        settings["bias"] = None if bias is None else _ride(bias, group, rows, queries)
-        seen = _ride(visible, group, rows, queries) if isinstance(visible, Tensor) else visible
-        packed = query[group].transpose(0, 1).reshape(1, heads, len(group) * queries, -1)
-        tile, tile_lse = attend_tile(packed, keys[stored, None], values[stored, None], seen, **settings)
-        out[group] = tile[0].view(heads, len(group), queries, -1).transpose(0, 1).float()
-        lse[group] = tile_lse[0].view(heads, len(group), queries).transpose(0, 1)
+    for group, (tile, tile_lse) in zip(riders.values(), tiles, strict=True):
+        out[group], lse[group] = tile.float(), tile_lse
     return out, lse
+
+
+def _attend_group(
+    query: Tensor, keys: Tensor, values: Tensor, visible: Answer, group: list[int], **settings: Unpack[Settings]
+) -> Tile:
+    """Attention of some rows to one row of keys and values."""
+    rows, heads, queries, _ = query.shape
+    bias = settings["bias"]
+    settings["bias"] = None if bias is None else _ride(bias, group, rows, queries)
+    seen = _ride(visible, group, rows, queries) if isinstance(visible, Tensor) else visible
+    theirs = query if len(group) == rows else query[group]
+    packed = theirs.transpose(0, 1).reshape(1, heads, len(group) * queries, -1)
+    out, lse = attend_tile(packed, keys, values, seen, **settings)
+    shape = (heads, len(group), queries)
+    return out[0].view(*shape, -1).transpose(0, 1), lse[0].view(shape).transpose(0, 1)
 
 
 def _ride(of_scores: Tensor, group: list[int], rows: int, queries: int) -> Tensor:

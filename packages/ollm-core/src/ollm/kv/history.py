@@ -210,10 +210,10 @@ class LayerHistory:
 
     def _short_extent(self) -> Stored | None:
         """The last extent, if it is shorter than the store wants them, so that it can grow."""
-        size = self._session.store.extent_tokens
-        if size is None or not self._own or self._own[-1].extent.tokens >= size:
+        store, last = self._session.store, self._own[-1] if self._own else None
+        if last is None or last.row_map is not None or store.trims:  # which must not encode again
             return None
-        return self._own[-1] if self._own[-1].row_map is None else None
+        return last if last.extent.tokens < (store.extent_tokens or 0) else None
 
     def _unwrite(self, last: Stored) -> None:
         """Take the last extent back into the tail."""
