@@ -48,8 +48,8 @@ class Installer:
         self._modules.append(module)
 
     def registry(self) -> Registry:
-        """What discovery makes of all that is installed now."""
-        return Registry(discover())
+        """What discovery makes of core, of `ollm-offload` if it is there, and of what was installed here."""
+        return Registry(tuple(report for report in discover() if not report.distribution.startswith("ollm-kv-")))
 
     def report(self, distribution: str):
         """The report on one distribution; the rest must be sound."""

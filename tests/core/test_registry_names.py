@@ -79,9 +79,17 @@ def test_a_name_from_an_extra_that_is_not_installed_comes_with_the_command(insta
         installer.registry().get(Kind.OFFLOAD_PLACEMENT, "prefix")
 
 
-def test_a_name_of_a_distribution_that_does_not_exist_yet_says_so(installer):
-    with pytest.raises(UnknownStrategyError, match="for ollm-kv-journal, which this version does not have yet"):
-        installer.registry().get(Kind.KV_STORE, "tiered-write-back")
+@pytest.mark.parametrize(
+    ("name", "distribution", "extra"),
+    [
+        ("tiered-write-back", "ollm-kv-journal", "journal"),
+        ("paged", "ollm-kv-paged", "paged"),
+        ("quantized-cold-tier", "ollm-kv-quant", "quant"),
+    ],
+)
+def test_a_store_that_is_not_installed_comes_with_the_command(installer, name, distribution, extra):
+    with pytest.raises(UnknownStrategyError, match=rf"ships in {distribution}: pip install 'ollm-core\[{extra}\]'\."):
+        installer.registry().get(Kind.KV_STORE, name)
 
 
 @pytest.mark.parametrize(("kind", "name"), [(Kind.OFFLOAD_PLACEMENT, "fit"), (Kind.OFFLOAD_PLACEMENT, "interleaved")])

@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import attrs
-import importlib_metadata
 
 from ollm.contracts.options import structure_options
 from ollm.errors import AmbiguousStrategyError, PluginError, UnknownStrategyError
@@ -99,14 +98,11 @@ class Registry:
 
 
 def _how_to_install(name: str, home: Home) -> str:
-    extras = importlib_metadata.metadata("ollm-core").get_all("Provides-Extra") or []
     if home.planned:
         return f"'{name}' is reserved for {home.distribution}, which does not offer it yet."
-    if home.extra in extras:
-        return f"'{name}' ships in {home.distribution}: pip install 'ollm-core[{home.extra}]'."
     if home.extra is None:
         return f"'{name}' ships in {home.distribution} itself: is its plugin switched off or broken?"
-    return f"'{name}' is reserved for {home.distribution}, which this version does not have yet."
+    return f"'{name}' ships in {home.distribution}: pip install 'ollm-core[{home.extra}]'."
 
 
 @functools.cache

@@ -80,21 +80,17 @@ class SegmentedStorage:
         self.scheduler = scheduler_of(folder.path)
         """The workers of the disk that the folder is on."""
         self._writes = WriteBehind(
-            self.scheduler,
-            lambda error, nbytes: failed_write(error, folder.path, nbytes),
-            count=write_buffers,
-            pinned=pinned,
-        )
+            self.scheduler, lambda error, nbytes: failed_write(error, folder.path, nbytes),
+            count=write_buffers, pinned=pinned,
+        )  # fmt: skip
         # also at interpreter exit, and when the user just drops the cache
         self._dispose = weakref.finalize(
             self, _dispose, folder, self._segments, self._writes, self.scheduler, self._owner
         )
         manifest = Manifest(
-            lifecycle="runtime-scoped",
-            store_id=self._store_id.hex(),
-            strategy=strategy,
+            lifecycle="runtime-scoped", store_id=self._store_id.hex(), strategy=strategy,
             parameters=dict(parameters or {}),
-        )
+        )  # fmt: skip
         try:
             folder.replace_manifest(manifest.to_json())
             self.unbuffered = takes_unbuffered(self.path / MANIFEST)
