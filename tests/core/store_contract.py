@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from abc import ABC, abstractmethod
 from pathlib import Path
 
 import hypothesis.strategies as st
@@ -57,14 +58,15 @@ def assert_holds(store, layer, blocks, same=exactly):
             same(ours, theirs)
 
 
-class StoreContract:
-    """Tests for one store. Override `make`, which takes a folder."""
+class StoreContract(ABC):
+    """Tests for one store."""
 
     same = staticmethod(exactly)
     """How what is read must equal what was appended."""
 
+    @abstractmethod
     def make(self, folder):
-        raise NotImplementedError
+        """The store, empty, with its files below a folder."""
 
     @pytest.fixture
     def store(self, tmp_path):

@@ -79,6 +79,12 @@ def test_a_name_from_an_extra_that_is_not_installed_comes_with_the_command(insta
         installer.registry().get(Kind.OFFLOAD_PLACEMENT, "prefix")
 
 
+def test_a_default_spill_policy_cannot_be_taken_away_by_a_third_party(installer):
+    installer.install("acme-kv", offering("hot-tail", hook="ollm_spill_policies", facts=False))
+    with pytest.raises(UnknownStrategyError, match=r"reserved; use acme-kv/hot-tail\. .* ships in ollm-kv-journal"):
+        installer.registry().get(Kind.SPILL_POLICY, "hot-tail")
+
+
 @pytest.mark.parametrize(
     ("name", "distribution", "extra"),
     [

@@ -57,7 +57,7 @@ RESERVED: dict[Kind, dict[str, Home]] = {
         "tiered-write-back": _JOURNAL,
         "quantized-cold-tier": _QUANT,
     },
-    Kind.SPILL_POLICY: {"auto": _CORE, "write-through": _OFFLOAD, "fixed-budget": _OFFLOAD},
+    Kind.SPILL_POLICY: {"auto": _CORE, "write-through": _OFFLOAD, "fixed-budget": _OFFLOAD, "hot-tail": _JOURNAL},
     Kind.OFFLOAD_PLACEMENT: {
         **dict.fromkeys(("prefix", "suffix", "middle-band", "auto"), _OFFLOAD),
         **dict.fromkeys(("interleaved", "fit"), _OFFLOAD_LATER),
