@@ -29,7 +29,7 @@ _PLUGIN_GROUPS: dict[str, tuple[str, ...]] = {
     "Entry modules": ("API_VERSION", "hookimpl", "Strategy", "KVFacts", "BuildContext", "KVBuildContext"),
     "Options and sizes": ("option", "NoOptions", "StorageOptions", "ByteSize", "parse_size", "format_size"),
     "KV stores": ("KVStore", "Extent", "KVBlock", "StoreStats", "Commit"),
-    "Storage helpers": ("SegmentedStorage", "SegmentedStore", "LayerLayout", "unpack"),
+    "Storage helpers": ("RunFolder", "SegmentedStorage", "SegmentedStore", "LayerLayout", "unpack"),
     "Spill policies": ("SpillPolicy", "SpillPlan", "KVGeometry", "LayerGeometry", "MemorySnapshot"),
     "Offload placements": ("OffloadPlacement",),
     "Model adapters": ("ModelAdapter", "ModelParts"),

@@ -6,7 +6,6 @@ import attrs
 import pytest
 import torch
 
-from core.faults import FAULTS, FaultyDisk
 from core.storage_fixtures import open_storage
 from ollm.builtin.chunked import ChunkedStore
 from ollm.contracts.spill import SpillPlan
@@ -15,6 +14,7 @@ from ollm.kv import tail
 from ollm.kv.history import LayerHistory
 from ollm.kv.session import KVSession
 from ollm.storage import shim
+from ollm.testing.faults import FAULTS, FaultyDisk
 
 STEPS = [("append", 7), ("append", 2), ("append", 9), ("crop", 14), ("append", 6), ("rows", 2), ("crop", 3)]
 ERRORS = (OllmError, KeyboardInterrupt, MemoryError)

@@ -10,7 +10,6 @@ import threading
 import pytest
 import torch
 
-from core.faults import FaultyDisk, fails
 from core.storage_fixtures import get, open_storage, put
 from ollm.errors import MemoryLimitError
 from ollm.io import buffers as buffers_module
@@ -18,6 +17,7 @@ from ollm.io.buffers import ALIGNMENT, BufferPool, aligned_buffer
 from ollm.io.scheduler import WORKERS, scheduler_of
 from ollm.memory import MemoryLedger
 from ollm.storage import datafile, shim
+from ollm.testing.faults import FaultyDisk, fails
 
 
 def workers():

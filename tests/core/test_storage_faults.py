@@ -12,13 +12,13 @@ from typing import Any
 
 import pytest
 
-from core.faults import FAULTS, OPERATIONS, Fault, FaultyDisk, fails
 from core.storage_fixtures import DIRECTORY, get, in_child, open_storage, put, tree
 from ollm.contracts.kv import Extent
 from ollm.errors import DiskFullError, OllmError, StorageError
 from ollm.storage import datafile, shim
 from ollm.storage.segments import SegmentedStorage
 from ollm.storage.shim import Disk
+from ollm.testing.faults import FAULTS, OPERATIONS, Fault, FaultyDisk, fails
 
 INTERRUPTIONS = (KeyboardInterrupt, MemoryError)
 EMPTY_ROOT = {DIRECTORY, f"{DIRECTORY}/lock", f"{DIRECTORY}/CACHEDIR.TAG"}

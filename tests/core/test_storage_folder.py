@@ -80,9 +80,10 @@ def test_folders_and_files_are_private_whatever_the_umask(open_to_all: Path, uma
 
 
 def test_the_root_is_marked_as_a_cache(tmp_path: Path) -> None:
-    RunFolder.create(tmp_path, DIRECTORY)
+    held = RunFolder.create(tmp_path, DIRECTORY)
     tag = (tmp_path / DIRECTORY / "CACHEDIR.TAG").read_bytes()
     assert tag.startswith(b"Signature: 8a477f597d28d172789f06886806bc55\n")
+    held.remove()
 
 
 def test_the_folder_of_a_living_session_is_never_touched(tmp_path: Path) -> None:

@@ -12,7 +12,6 @@ import attrs
 import pytest
 import torch
 
-from core.faults import FaultyDisk
 from core.storage_fixtures import as_tensor, get, in_child, open_storage, put, read_raw
 from ollm.contracts.kv import Extent
 from ollm.errors import (
@@ -25,6 +24,7 @@ from ollm.errors import (
 from ollm.io.buffers import ALIGNMENT
 from ollm.storage import records, shim
 from ollm.storage.segments import SegmentedStorage
+from ollm.testing.faults import FaultyDisk
 
 SIZES = [0, 1, 4095, 4096, 4097, 10_000]
 

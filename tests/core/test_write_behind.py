@@ -9,11 +9,11 @@ from concurrent.futures import wait
 
 import pytest
 
-from core.faults import FaultyDisk
 from core.storage_fixtures import get, open_storage, put
 from ollm.errors import DiskFullError, StorageError
 from ollm.storage import shim
 from ollm.storage.write_behind import BUFFERS
+from ollm.testing.faults import FaultyDisk
 
 pytestmark = pytest.mark.timeout(60)
 

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 
 from core.golden_files import check_golden, fix_store_id, small_block
-from core.storage_fixtures import open_storage
-from core.store_contract import StoreContract, block, machine
+from ollm.testing import KVStoreTests, PluginTests, store_context
+from ollm.testing import random_block as block
 from ollm_kv_journal.journal import Entry, JournalStore
 
 ALIGNMENT = 4096
@@ -19,15 +19,17 @@ GOLDEN = Path(__file__).parent / "golden"
 
 
 def make(folder, entries=4):
-    return JournalStore(open_storage(folder), compaction_entries=entries)
+    return JournalStore(store_context(folder).storage(), compaction_entries=entries)
 
 
-class TestJournal(StoreContract):
-    def make(self, folder):
-        return make(folder)
+class TestJournal(KVStoreTests):
+    def open(self, context):
+        return JournalStore(context.storage(), compaction_entries=4)
 
 
-TestJournalMachine = machine(make)
+class TestPlugin(PluginTests):
+    distribution = "ollm-kv-journal"
+    project = Path(__file__).parents[2] / "packages" / "ollm-kv-journal"
 
 
 def indexed(store, layer):

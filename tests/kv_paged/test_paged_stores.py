@@ -8,15 +8,19 @@ import pytest
 import torch
 
 from core.golden_files import check_golden, fix_store_id, small_block
-from core.storage_fixtures import open_storage
-from core.store_contract import StoreContract, assert_holds, block, machine
 from ollm.errors import StoreContractError
 from ollm.plugin import KVGeometry, LayerGeometry
+from ollm.testing import KVStoreTests, PluginTests, assert_holds, store_context
+from ollm.testing import random_block as block
 from ollm_kv_paged.paged import Page, PagedStore, default_page_tokens
 from ollm_kv_paged.ring import RingStore
 from ollm_kv_paged.segmented import SegmentedFilesStore
 
 GOLDEN = Path(__file__).parent / "golden"
+
+
+def open_storage(folder):
+    return store_context(folder).storage()
 
 
 def make_paged(folder, page_tokens=64):
@@ -31,24 +35,26 @@ def make_ring(folder, slot_tokens=64):
     return RingStore(open_storage(folder), window=100, sinks=0, slot_tokens=slot_tokens)
 
 
-class TestPaged(StoreContract):
-    def make(self, folder):
-        return make_paged(folder)
+class TestPaged(KVStoreTests):
+    def open(self, context):
+        return PagedStore(context.storage(), page_tokens=9)
 
 
-class TestSegmented(StoreContract):
-    def make(self, folder):
-        return make_segmented(folder)
+class TestSegmented(KVStoreTests):
+    def open(self, context):
+        return SegmentedFilesStore(context.storage(), segment_bytes=30_000)
 
 
-class TestRing(StoreContract):
-    def make(self, folder):
-        return make_ring(folder)
+class TestRing(KVStoreTests):
+    window_tokens = 16
+
+    def open(self, context):
+        return RingStore(context.storage(), window=context.window_tokens, sinks=0, slot_tokens=5)
 
 
-TestPagedMachine = machine(lambda folder: make_paged(folder, 9))
-TestSegmentedMachine = machine(lambda folder: make_segmented(folder, 30_000))
-TestRingMachine = machine(lambda folder: make_ring(folder, 9))
+class TestPlugin(PluginTests):
+    distribution = "ollm-kv-paged"
+    project = Path(__file__).parents[2] / "packages" / "ollm-kv-paged"
 
 
 def test_pages_of_all_layers_share_a_pool_and_freed_ones_are_used_again(tmp_path):

@@ -8,13 +8,15 @@ import pytest
 import torch
 
 from core.golden_files import check_golden, fix_store_id, small_block
-from core.storage_fixtures import open_storage
-from core.store_contract import StoreContract, block, machine, raw_of, read
 from ollm.contracts.spill import SpillPlan
 from ollm.errors import NonFiniteError
 from ollm.kv.history import LayerHistory
 from ollm.kv.session import KVSession
 from ollm.plugin import KVBlock
+from ollm.testing import KVStoreTests, PluginTests, store_context
+from ollm.testing import random_block as block
+from ollm.testing import read_extent as read
+from ollm.testing.blocks import read_raw as raw_of
 from ollm_kv_quant import REPRESENTATIONS
 from ollm_kv_quant.codecs import codec
 from ollm_kv_quant.store import QuantizedStore
@@ -23,7 +25,7 @@ GOLDEN = Path(__file__).parent / "golden"
 
 
 def make(folder, name=REPRESENTATIONS[0]):
-    return QuantizedStore(open_storage(folder), codec(name))
+    return QuantizedStore(store_context(folder).storage(), codec(name))
 
 
 def make_session(folder, name=REPRESENTATIONS[0], resident_bytes=0):
@@ -32,27 +34,26 @@ def make_session(folder, name=REPRESENTATIONS[0], resident_bytes=0):
     return session, LayerHistory(0, session)
 
 
-def nearly(ours, theirs):
-    """Within the bound of int8, for numbers as the contract's tests make them."""
-    assert ours.dtype == theirs.dtype
-    assert (ours.double() - theirs.double()).abs().max() <= 6 / 254 + 6 * 2**-8
+class Int8Tests(KVStoreTests):
+    tolerance = 1 / 254 + 2**-8
+    """Half a step of int8, and one rounding to bfloat16, the coarsest of the dtypes."""
+    representation = REPRESENTATIONS[0]
+
+    def open(self, context):
+        return QuantizedStore(context.storage(), codec(self.representation))
 
 
-class TestQuantized(StoreContract):
-    same = staticmethod(nearly)
-
-    def make(self, folder):
-        return make(folder)
+class TestQuantized(Int8Tests):
+    pass
 
 
-class TestQuantizedPerToken(StoreContract):
-    same = staticmethod(nearly)
-
-    def make(self, folder):
-        return make(folder, "int8-per-token")
+class TestQuantizedPerToken(Int8Tests):
+    representation = "int8-per-token"
 
 
-TestQuantizedMachine = machine(make, nearly)
+class TestPlugin(PluginTests):
+    distribution = "ollm-kv-quant"
+    project = Path(__file__).parents[2] / "packages" / "ollm-kv-quant"
 
 
 @pytest.mark.parametrize("name", REPRESENTATIONS)

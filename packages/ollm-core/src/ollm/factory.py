@@ -91,15 +91,16 @@ def disk_cache(
     per_token = activation_bytes(config, parameter.dtype.itemsize)
     rows = dense_projection_chunk_rows or piece_rows(per_token, memory.device_free)
 
-    def storage(*, write_buffers: int = BUFFERS) -> SegmentedStorage:
+    def folder() -> RunFolder:
         if directory is None or facts.directory is None:
-            raise PluginError(f"KV store '{name}' asks for storage, but its facts name no `directory`.")
-        shared = settings if isinstance(settings, StorageOptions) else None
-        folder = RunFolder.create(directory, facts.directory)
+            raise PluginError(f"KV store '{name}' asks for a folder, but its facts name no `directory`.")
+        return RunFolder.create(directory, facts.directory)
+
+    def storage(*, write_buffers: int = BUFFERS) -> SegmentedStorage:
         return SegmentedStorage(
-            folder,
+            folder(),
             strategy=name,
-            options=shared,
+            options=settings if isinstance(settings, StorageOptions) else None,
             parameters=cattrs.unstructure(settings),
             write_buffers=write_buffers,
             pinned=parameter.device.type == "cuda",
@@ -114,6 +115,7 @@ def disk_cache(
         device=parameter.device,
         window_tokens=cache_window_tokens,
         storage=storage,
+        folder=folder,
     )
     store = names.build(offer, context, KVStore)
     if store.window != cache_window_tokens:
@@ -184,6 +186,7 @@ def _choose_mode(model: nn.Module, config: Any, mode: str) -> tuple[Sequence[nn.
             device=torch.device("cpu"),
             window_tokens=None,
             storage=lambda: None,  # type: ignore[arg-type,return-value]
+            folder=lambda: None,  # type: ignore[arg-type,return-value]
         )
         plan = SpillPlan(flush_tokens=2, flush_bytes=2**20)
         store = names.build(offer, context, KVStore)

@@ -26,11 +26,13 @@ from ollm.storage.options import StorageOptions
 from ollm.units import ByteSize, format_size, parse_size
 
 if TYPE_CHECKING:
+    from ollm.storage.folder import RunFolder
     from ollm.storage.segments import SegmentedStorage
     from ollm.storage.store import SegmentedStore
     from ollm.storage.tensors import LayerLayout, unpack
 
 _HEAVY = {
+    "RunFolder": "ollm.storage.folder",
     "SegmentedStorage": "ollm.storage.segments",
     "SegmentedStore": "ollm.storage.store",
     "LayerLayout": "ollm.storage.tensors",
@@ -60,6 +62,7 @@ __all__ = [
     "NonFiniteError",
     "OffloadPlacement",
     "OllmError",
+    "RunFolder",
     "SegmentedStorage",
     "SegmentedStore",
     "SpillPlan",

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from ollm.contracts.kv import StorageFactory
     from ollm.contracts.spill import KVGeometry
+    from ollm.storage.folder import RunFolder
 
 T_co = TypeVar("T_co", covariant=True)
 
@@ -71,6 +72,9 @@ class KVBuildContext(BuildContext):
     """The caller's `cache_window_tokens`; for strategies that keep a window, which must set `KVStore.window` by it."""
     storage: StorageFactory
     """Opens this cache's private folder and returns a `SegmentedStorage` in it."""
+    folder: Callable[[], RunFolder]
+    """Opens this cache's private folder for a store that has files of its own. A store calls this or `storage`, once,
+    and removes the folder when it is closed."""
 
 
 @attrs.frozen(kw_only=True)

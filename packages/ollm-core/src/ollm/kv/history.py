@@ -74,7 +74,8 @@ class LayerHistory:
         return self.stored_tokens + self.tail.tokens
 
     def append(self, keys: Tensor, values: Tensor) -> None:
-        """Add tokens, flushing the tail when the plan says so. After an error the history is what it was."""
+        """Add tokens, flushing when the plan says so. After an error the history is what it was, but for an interrupt
+        while bytes that left a window are given back."""
         layout = self._check(keys, values)
         short = self._short_extent()
         flush = tokens_to_flush(
@@ -95,8 +96,8 @@ class LayerHistory:
             self._session.truncate(self.layer, self._own[-1].extent.stop if self._own else 0)
             self._session.release_unread()
             raise
-        self._session.release_unread()
         self._session.counters.spills += 1
+        self._session.release_unread()
         self._evict()
 
     def gather(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
@@ -129,7 +130,7 @@ class LayerHistory:
         return KVHandle(self._session, layout, before.stored, [*before.recent, newest], self.following)
 
     def following(self) -> Iterator[Sequence[Stored]]:
-        """The extents of the layers that are visited after this one, until it is its turn again: what will be read."""
+        """The extents of the layers that are visited after this one, until it is its turn again."""
         history = self.next()
         while history is not None and history is not self:
             yield history.stored

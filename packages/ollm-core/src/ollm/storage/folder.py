@@ -1,8 +1,8 @@
 """One private folder per cache: `cache_dir/kv_cache_<strategy>/run-<id>/`, owned through a lock, removed at the end.
 
 A folder whose owner is dead (its lock is free) is removed when the next cache is made beside it; the folder of a
-living session is never touched. Only files that the format knows are ever deleted. This module knows nothing of what
-the files hold.
+living session is never touched. Only files that the format knows, and those that a store made under names of its own,
+are ever deleted. This module knows nothing of what the files hold.
 """
 
 from __future__ import annotations
@@ -13,11 +13,12 @@ import re
 import secrets
 import stat
 import time
+import weakref
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
-from ollm.errors import CacheBusyError, CacheDirectoryError, OllmError
+from ollm.errors import CacheBusyError, CacheDirectoryError, OllmError, StorageError
 from ollm.storage import shim
 
 LOCK = "lock"
@@ -26,7 +27,7 @@ MANIFEST_TEMPORARY = "manifest.json.tmp"
 TAG = "CACHEDIR.TAG"
 _TAG_TEXT = b"Signature: 8a477f597d28d172789f06886806bc55\n# Keys and values of ollm, private to their owner.\n"
 _RUN = re.compile(r"run-[0-9a-f]{16}")
-_KNOWN_FILE = re.compile(r"lock|manifest\.json(\.tmp)?|segment-\d{6}\.kv")
+_KNOWN_FILE = re.compile(r"lock|manifest\.json(\.tmp)?|segment-\d{6}\.kv|store-[A-Za-z0-9._-]+")
 _ROOT_LOCK_SECONDS = 30.0
 _OTHERS_MAY_WRITE = stat.S_IWGRP | stat.S_IWOTH
 
@@ -39,12 +40,17 @@ def segment_name(segment: int) -> str:
 
 
 class RunFolder:
-    """The private folder of one runtime-scoped cache. `create` makes it, `remove` deletes it."""
+    """The private folder of one runtime-scoped cache. `create` makes it, `remove` deletes it; it also goes when it is
+    dropped and at interpreter exit, and after a crash with the next cache that is made beside it.
+
+    Files of a store's own have names that begin with `store-`; others are left, and so is the folder then.
+    """
 
     def __init__(self, path: Path, lock_fd: int) -> None:
+        """For a folder that was just made; `lock_fd` holds its lock."""
         self.path = path
-        self._lock_fd: int | None = lock_fd
-        self._owner = os.getpid()
+        """Private to this user: mode 0700."""
+        self._remove = weakref.finalize(self, _remove_owned, path, lock_fd, os.getpid())
 
     @classmethod
     def create(cls, cache_dir: Path, directory: str) -> RunFolder:
@@ -80,7 +86,18 @@ class RunFolder:
         return cls(path, lock_fd)
 
     def new_file(self, name: str, flags: int = 0) -> int:
-        """A descriptor of a new, empty file. What an interrupted attempt left under that name goes first."""
+        """A descriptor of a new, empty file of mode 0600. What an interrupted attempt left under that name goes first.
+
+        Args:
+            name: `store-` and letters, digits, dots, dashes or underscores, for a store's own files.
+            flags: more flags of `os.open`, beside reading and writing.
+
+        Raises:
+            StorageError: for a name that would be left behind.
+            OSError: as the system says.
+        """
+        if not _KNOWN_FILE.fullmatch(name):
+            raise StorageError(f"A file named {name!r} would be left behind: begin its name with 'store-'.")
         with suppress(FileNotFoundError):
             shim.disk.unlink(self.path / name)
         return shim.disk.open(self.path / name, os.O_RDWR | os.O_CREAT | os.O_EXCL | flags)
@@ -99,15 +116,22 @@ class RunFolder:
         shim.disk.replace(self.path / MANIFEST_TEMPORARY, self.path / MANIFEST)
 
     def remove(self) -> None:
-        """Delete the folder, and its parent if that was the last one. Does nothing in a forked child or twice."""
-        if self._lock_fd is None or os.getpid() != self._owner:
-            return
-        lock_fd, self._lock_fd = self._lock_fd, None
-        try:
-            _remove_folder(self.path)
-        finally:
-            shim.disk.close(lock_fd)
-        _remove_root_if_empty(self.path.parent)
+        """Delete the folder, and its parent if that was the last one. Does nothing in a forked child or twice.
+
+        Raises:
+            OSError: as the system says; what is left goes when the next cache is made beside it.
+        """
+        self._remove()
+
+
+def _remove_owned(path: Path, lock_fd: int, owner: int) -> None:
+    if os.getpid() != owner:
+        return
+    try:
+        _remove_folder(path)
+    finally:
+        shim.disk.close(lock_fd)
+    _remove_root_if_empty(path.parent)
 
 
 def _make_root(root: Path) -> None:

@@ -1,0 +1,177 @@
+"""What lies on the disk: where it is, who may read it, and what becomes of it when something else changes it.
+
+Any damage ends in the right numbers or in a typed error, never in other numbers.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import stat
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import pytest
+
+from ollm.contracts.kv import KVStore
+from ollm.errors import OllmError
+from ollm.testing.blocks import Pair, assert_same, read_extent
+from ollm.testing.case import StoreCase, files_of, settle
+
+_BLOCK = 4096
+_PLACES = 96
+"""Bytes of each file that are damaged, one at a time: the first of every block, and some between."""
+
+
+class FilesTests(StoreCase):
+    """Skipped for stores without files."""
+
+    @pytest.fixture
+    def filled(self, store: KVStore, tmp_path: Path) -> Iterator[tuple[KVStore, list[Path]]]:
+        """A store with three extents, and its files."""
+        _fill(self, store)
+        files = files_of(tmp_path)
+        if not files:
+            pytest.skip("this store has no files")
+        yield store, files
+
+    def test_what_is_appended_is_on_the_disk(self, filled: tuple[KVStore, list[Path]]) -> None:
+        """Random numbers hardly shrink: a store that writes less than a fifth of them keeps them somewhere else."""
+        store, files = filled
+        before = _sizes(files)
+        payload = 0
+        for seed in range(8):
+            keys, values = self.block(store, 64, seed=seed, heads=3, key_size=64, value_size=64)
+            store.append(5, keys, values)
+            payload += keys.nbytes + values.nbytes
+        settle(store)
+        grown = _sizes(files_of(files[0].parents[2])) - before
+        assert grown >= payload / 5, f"{payload} bytes were appended and the files grew by {grown}"
+        assert store.stats().disk_bytes >= payload / 5, "stats().disk_bytes"
+
+    def test_files_are_private(self, filled: tuple[KVStore, list[Path]]) -> None:
+        """Keys and values tell the text: no other user may read them, whatever the umask."""
+        _, files = filled
+        before = os.umask(0)
+        try:
+            with tempfile.TemporaryDirectory(dir=files[0].parents[2].parent) as folder:
+                other = self.new(Path(folder))
+                _fill(self, other)
+                run = {path.parent for path in files_of(Path(folder))}
+                modes = {
+                    path: stat.S_IMODE(path.lstat().st_mode)
+                    for place in run
+                    for path in (place, *place.iterdir())
+                }  # fmt: skip
+                other.close()
+        finally:
+            os.umask(before)
+        assert {str(path): oct(mode) for path, mode in modes.items() if mode & 0o077} == {}
+
+    def test_no_file_holds_a_path(self, filled: tuple[KVStore, list[Path]]) -> None:
+        """Names are derived, never read: who changes a file must not choose which file is read next."""
+        _, files = filled
+        folder = files[0].parent
+        names = {str(folder), *(path.name for path in files)}
+        found = [(path.name, name) for path in files for name in names if name.encode() in path.read_bytes()]
+        assert found == []
+
+    def test_a_damaged_byte_gives_right_data_or_a_typed_error(self, tmp_path: Path) -> None:
+        """A checksum in front of the bytes, compared when they are read, is the usual way."""
+
+        def flip(content: bytes, place: int) -> bytes:
+            return content[:place] + bytes([content[place] ^ 0x10]) + content[place + 1 :]
+
+        self._damage(tmp_path, flip, _places)
+
+    def test_a_file_that_is_cut_gives_right_data_or_a_typed_error(self, tmp_path: Path) -> None:
+        """A short read is no read."""
+        self._damage(tmp_path, lambda content, place: content[:place], lambda size: range(0, size, max(size // 24, 1)))
+
+    def test_blocks_in_the_wrong_place_give_right_data_or_a_typed_error(self, tmp_path: Path) -> None:
+        """What lies where something else was asked for is intact in itself: compare it with what was asked for."""
+
+        def misplace(content: bytes, number: int) -> bytes:
+            shift = number * _BLOCK
+            return content[shift:] + content[:shift]
+
+        self._damage(tmp_path, misplace, lambda size: range(1, -(-size // _BLOCK)))
+
+    def test_a_file_that_is_empty_gives_right_data_or_a_typed_error(self, tmp_path: Path) -> None:
+        """As after a crash of the machine, which leaves zeros."""
+        self._damage(tmp_path, lambda content, _: bytes(len(content)), lambda size: (0,))
+
+    def _damage(
+        self, tmp_path: Path, change: Callable[[bytes, int], bytes], places: Callable[[int], Iterable[int]]
+    ) -> None:
+        """Fill a store anew for every place of every file, change the file there, and read everything."""
+        with self._filled_again(tmp_path) as (_, _, files):
+            todo = [(number, place) for number, path in enumerate(files) for place in places(path.stat().st_size)]
+        if not todo:
+            pytest.skip("this store has no files")
+        caught = 0
+        for number, place in todo:
+            with self._filled_again(tmp_path) as (store, blocks, files):
+                path = files[number]
+                content = path.read_bytes()
+                changed = change(content, place)
+                with path.open("r+b") as file:  # the same file, which the store has open
+                    file.write(changed)
+                    file.truncate(len(changed))
+                what = f"{path.name} of {len(content)} bytes, changed at {place}"
+                caught += sum([self._reads_right_or_raises(store, layer, block, what) for layer, block in blocks])
+        assert caught, "nothing was ever noticed: are these the files that the store reads?"
+
+    @contextmanager
+    def _filled_again(self, tmp_path: Path) -> Iterator[tuple[KVStore, list[tuple[int, list[Pair]]], list[Path]]]:
+        folder = tmp_path / "again"
+        store = self.new(folder)
+        try:
+            blocks = _fill(self, store)
+            yield store, blocks, files_of(folder)
+        finally:
+            with suppress(OllmError):  # it may say that its files are not what they were
+                store.close()
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def _reads_right_or_raises(self, store: KVStore, layer: int, blocks: list[Pair], what: str) -> int:
+        """Read all extents of a layer; how many errors came."""
+        __tracebackhide__ = True
+        errors = 0
+        for extent, block in zip(store.extents(layer), blocks, strict=True):
+            try:
+                ours = read_extent(store, extent)
+            except OllmError:
+                errors += 1
+                continue
+            except Exception as error:
+                raise AssertionError(
+                    f"{what}: {type(error).__name__} ({error}) while reading {extent}; raise CorruptDataError or "
+                    "StorageError from ollm.plugin"
+                ) from error
+            for name, mine, theirs in zip(("keys", "values"), ours, block, strict=True):
+                assert_same(mine, theirs, self.tolerance, f"{what}: other {name} of {extent}, and no error")
+        return errors
+
+
+def _fill(case: StoreCase, store: KVStore) -> list[tuple[int, list[Pair]]]:
+    """Three extents in two layers, equally large, so that one could be taken for another; what was appended."""
+    blocks = [(layer, [case.block(store, 4, seed=10 * layer + seed) for seed in range(2 - layer)]) for layer in (0, 1)]
+    for layer, pairs in blocks:
+        for keys, values in pairs:
+            store.append(layer, keys, values)
+    settle(store)
+    return blocks
+
+
+def _sizes(files: list[Path]) -> int:
+    return sum(path.stat().st_size for path in files)
+
+
+def _places(size: int) -> list[int]:
+    """Some places of a file, the same every time."""
+    first = set(range(min(size, 72))) | set(range(0, size, _BLOCK)) | {size - 1}
+    step = max(size // _PLACES, 1)
+    return sorted(place for place in first | set(range(step // 2, size, step)) if 0 <= place < size)

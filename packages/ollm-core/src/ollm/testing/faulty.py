@@ -1,0 +1,177 @@
+"""A disk that fails, under a store at work: nothing hangs, nothing that was reported as kept is lost, and a second
+attempt works."""
+
+from __future__ import annotations
+
+import functools
+import resource
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from ollm.contracts.spill import SpillPlan
+from ollm.errors import OllmError
+from ollm.kv.history import LayerHistory
+from ollm.kv.session import KVSession
+from ollm.storage import shim
+from ollm.testing.blocks import assert_same, random_block
+from ollm.testing.case import StoreCase, files_of, settle
+from ollm.testing.faults import FAULTS, FaultyDisk
+from ollm.testing.processes import watchdog
+
+_STEPS = [("append", 7), ("append", 2), ("append", 9), ("crop", 14), ("append", 6), ("rows", 2), ("crop", 3)]
+_WINDOW_STEPS = [("append", 7), ("append", 2), ("append", 9), ("append", 6), ("rows", 2), ("append", 30)]
+_PLACES = 80
+"""Operations of a life that fail, one at a time, for each kind of fault."""
+_SIZES = 12
+_RAISED = (OllmError, KeyboardInterrupt, MemoryError)
+
+Trouble = Callable[[], AbstractContextManager[None]]
+"""Makes the disk go wrong for the length of a `with` block."""
+
+
+class FaultsTests(StoreCase):
+    """The store is driven by core's own engine, as in a cache."""
+
+    @pytest.mark.parametrize("fault", FAULTS)
+    def test_any_fault_of_the_disk_is_survived(self, fault: str, tmp_path: Path) -> None:
+        """One operation of ollm's storage and folders after the other goes wrong, over a whole life of a layer."""
+        sound = FaultyDisk()
+        self._survives(lambda: _with_disk(sound), "no fault")
+        operations = len(sound.operations)
+        for at in range(0, operations, max(operations // _PLACES, 1)):
+            disk = FaultyDisk(FAULTS[fault], at)
+            self._survives(functools.partial(_with_disk, disk), f"{fault} at operation {at} of {operations}")
+
+    def test_files_that_may_not_grow_are_survived(self, tmp_path: Path) -> None:
+        """The system itself refuses every write beyond so many bytes: for stores that write files of their own."""
+        store = self.new(tmp_path)
+        for seed in range(4):
+            store.append(0, *self.block(store, 8, seed=seed))
+        settle(store)
+        largest = max((path.stat().st_size for path in files_of(tmp_path)), default=0)
+        store.close()
+        if not largest:
+            pytest.skip("this store has no files")
+        for limit in range(0, largest, max(largest // _SIZES, 1)):
+            self._survives(functools.partial(_file_size, limit), f"no file may have more than {limit} bytes")
+
+    def _survives(self, trouble: Trouble, what: str) -> None:
+        """Every step first while there is trouble, then, if that failed, again without."""
+        __tracebackhide__ = True
+        with tempfile.TemporaryDirectory() as folder, watchdog():
+            ours, model = self._layer(Path(folder) / "ours"), self._layer(Path(folder) / "model")
+            for seed, (step, argument) in enumerate(_WINDOW_STEPS if self.window_tokens else _STEPS):
+                before = _content(ours)
+                _take(model, step, argument, seed)
+                after = _content(model)
+                taken = False
+                try:
+                    with trouble():
+                        _take(ours, step, argument, seed)
+                        taken = True
+                        settle(ours._session.store)
+                except _RAISED as error:
+                    if taken:  # it failed in the background, behind what was reported as kept
+                        _assert_content(ours, after, f"{what}: lost by {step} {argument} after {error!r}")
+                        continue
+                    if _is(ours, after) and (step == "crop" or not isinstance(error, OllmError)):
+                        continue  # only giving back the bytes of what was dropped was interrupted
+                    _assert_content(ours, before, f"{what}: {step} {argument} failed with {error!r} and left its trace")
+                    _take(ours, step, argument, seed)
+                except Exception as error:
+                    raise AssertionError(
+                        f"{what}: {step} {argument} raised {type(error).__name__} ({error}); raise StorageError or "
+                        "another error of ollm.plugin"
+                    ) from error
+                _assert_content(ours, after, f"{what}: after {step} {argument}")
+            ours._session.close()
+            model._session.close()
+            left = [thread.name for thread in threading.enumerate() if thread.name.startswith("ollm-io")]
+            assert not left or self._shares_a_disk(), f"{what}: threads go on: {left}"
+
+    @staticmethod
+    def _shares_a_disk() -> bool:
+        """Whether somebody else in this process reads or writes, too."""
+        from ollm.io.scheduler import _schedulers
+
+        return bool(_schedulers)
+
+    def _layer(self, folder: Path) -> LayerHistory:
+        plan = SpillPlan(flush_tokens=4, flush_bytes=2**30, hot_tokens=1, resident_bytes=200)
+        session = KVSession(self.new(folder), plan, strategy="under-test", layers=[0], lossless=not self.tolerance)
+        return LayerHistory(0, session)
+
+
+def _take(layer: LayerHistory, step: str, argument: int, seed: int) -> None:
+    if step == "append":
+        layer.append(*_tokens(argument, layer.rows or 2, seed))
+    elif step == "crop":
+        layer.crop(argument)
+    else:
+        layer.select_rows(torch.arange(argument + 1) % layer.rows)
+
+
+def _tokens(count: int, rows: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    return random_block(count, rows=rows, heads=2, key_size=4, value_size=3, seed=seed)
+
+
+def _content(layer: LayerHistory) -> dict[int, tuple[Tensor, Tensor]]:
+    """A copy of all that a layer holds, by position."""
+    if not layer.tokens:
+        return {}
+    found: dict[int, tuple[Tensor, Tensor]] = {}
+    handle: Any = layer.handle(*_tokens(1, layer.rows))
+    for block in handle.blocks():
+        keys, values = block.keys * block.key_scale, block.values * block.value_scale
+        if block.row_map is not None:
+            keys, values = keys[block.row_map], values[block.row_map]
+        for index in range(keys.shape[2]):
+            found[block.start + index] = keys[:, :, index].clone(), values[:, :, index].clone()
+    del found[layer.tokens]  # the one that was only asked with
+    return found
+
+
+def _is(layer: LayerHistory, expected: dict[int, tuple[Tensor, Tensor]]) -> bool:
+    ours = _content(layer)
+    return ours.keys() == expected.keys() and all(
+        torch.equal(mine, theirs)
+        for position, pair in ours.items()
+        for mine, theirs in zip(pair, expected[position], strict=True)
+    )
+
+
+def _assert_content(layer: LayerHistory, expected: dict[int, tuple[Tensor, Tensor]], what: str) -> None:
+    __tracebackhide__ = True
+    ours = _content(layer)
+    assert sorted(ours) == sorted(expected), f"{what}: positions"
+    for position, pair in ours.items():
+        for name, mine, theirs in zip(("keys", "values"), pair, expected[position], strict=True):
+            assert_same(mine, theirs, 0.0, f"{what}: {name} of token {position}")
+
+
+@contextmanager
+def _with_disk(disk: FaultyDisk) -> Iterator[None]:
+    before = shim.disk
+    shim.disk = disk
+    try:
+        yield
+    finally:
+        shim.disk = before
+
+
+@contextmanager
+def _file_size(limit: int) -> Iterator[None]:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
