@@ -10,6 +10,7 @@ from typing import Any
 import attrs
 
 from ollm.contracts.options import structure_options
+from ollm.deprecations import warn_of_methods
 from ollm.errors import AmbiguousStrategyError, PluginError, UnknownStrategyError
 from ollm.registry.discovery import discover
 from ollm.registry.kinds import RESERVED, Home, Kind
@@ -76,6 +77,7 @@ class Registry:
                 f"{offer.kind.label} '{self.name_of(offer)}': build() returned {type(built).__name__}, "
                 f"it must return a {contract.__name__}."
             )
+        warn_of_methods(built, f"{offer.kind.label} '{self.name_of(offer)}'")
         return built
 
     def _named(self, kind: Kind, name: str) -> Sequence[Offer]:

@@ -13,6 +13,7 @@ import os
 import re
 import sys
 import traceback
+import warnings
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -22,6 +23,7 @@ import pluggy
 from ollm.contracts import hookspecs
 from ollm.contracts.options import describe_options
 from ollm.contracts.strategy import Strategy
+from ollm.deprecations import OllmDeprecationWarning
 from ollm.errors import PluginError
 from ollm.registry.kinds import RESERVED, Kind, directory_of
 from ollm.registry.report import Offer, PluginReport, Status
@@ -65,15 +67,21 @@ def _report(point: importlib_metadata.EntryPoint, disabled: set[str]) -> PluginR
         return report(Status.DISABLED, reason=f"switched off by {DISABLE_VARIABLE}")
     before = {module for module in _HEAVY_MODULES if module in sys.modules}
     try:
-        offers = tuple(_load(point, distribution))
+        with warnings.catch_warnings(record=True, action="always", category=OllmDeprecationWarning) as caught:
+            offers = tuple(_load(point, distribution))
         undocumented = _undocumented_options(offers)
     except KeyboardInterrupt:  # the user's own Ctrl-C
         raise
     except BaseException as error:  # a plugin may raise anything, SystemExit and MemoryError included
         return report(Status.BROKEN, reason=_describe(error))
     heavy = [module for module in _HEAVY_MODULES if module in sys.modules and module not in before]
-    warnings = [f"its entry module imports {module}: move that import into `build`" for module in heavy]
-    return report(Status.LOADED, offers=offers, warnings=(*warnings, *undocumented))
+    notes = [f"its entry module imports {module}: move that import into `build`" for module in heavy]
+    for warning in caught:
+        if issubclass(warning.category, OllmDeprecationWarning):
+            notes.append(str(warning.message))
+        else:  # the plugin's own business
+            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+    return report(Status.LOADED, offers=offers, warnings=(*notes, *undocumented))
 
 
 def _load(point: importlib_metadata.EntryPoint, distribution: str) -> Iterator[Offer]:
