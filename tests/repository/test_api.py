@@ -1,0 +1,160 @@
+"""What is public stays what it was: compared with the wheels of the last release in `released/`.
+
+`.ci/freeze-api` makes these at a release. Until then, a change that breaks plugins or callers fails here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import griffe
+import pytest
+
+from repository.conftest import ROOT
+
+RELEASED = Path(__file__).parent / "released"
+SOURCES = ROOT / "packages" / "ollm-core" / "src"
+PUBLIC_MODULES = ("ollm", "ollm.plugin", "ollm.testing")
+INTENDED: dict[str, str] = {}
+"""Breaking changes that are meant, by path, and why: they need a new minor version."""
+
+SHAPES = """
+import inspect, json
+import attrs
+import ollm.plugin as api
+
+abstract, required = {}, {}
+for name in api.__all__:
+    value = getattr(api, name)
+    if inspect.isabstract(value):
+        abstract[name] = sorted(value.__abstractmethods__)
+    if attrs.has(value):
+        required[name] = [field.name for field in attrs.fields(value) if field.default is attrs.NOTHING]
+print(json.dumps({"abstract": abstract, "required": required}))
+"""
+MADE_BY_CORE = {"BuildContext", "KVBuildContext", "KVGeometry", "LayerGeometry", "MemorySnapshot", "Commit"}
+"""Records that plugins only read: core may add what it fills in itself."""
+
+USE_THE_OLD_PLUGIN = """
+import json, sys
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from ollm import disk_cache
+from ollm.registry import registry
+
+(report,) = [report for report in registry().reports if report.distribution == "acme-kv"]
+torch.manual_seed(0)
+model = LlamaForCausalLM(LlamaConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+    num_key_value_heads=2, vocab_size=300, initializer_range=0.25)).eval()
+model.generation_config.eos_token_id = None
+prompt = torch.arange(3, 103)[None]
+expected = model.generate(prompt, max_new_tokens=20, do_sample=False)
+same = []
+for arguments in (
+    {"cache_strategy": "zlib-memory", "spill_policy": "small-tail"},
+    {"cache_strategy": "one-file", "cache_dir": sys.argv[1], "ram_budget": 0},
+):
+    with disk_cache(model, **arguments) as cache:
+        same.append(model.generate(prompt, max_new_tokens=20, do_sample=False, past_key_values=cache).equal(expected))
+        assert cache.state().persisted_tokens > 0
+print(json.dumps({"status": str(report.status.value), "warnings": report.warnings, "same": same,
+    "offers": sorted(offer.strategy.name for offer in report.offers)}))
+"""
+
+
+@pytest.fixture(scope="module")
+def released(tmp_path_factory):
+    """Folders with the contents of the released wheels, by distribution."""
+    folders = {}
+    for wheel in RELEASED.glob("*.whl"):
+        folder = tmp_path_factory.mktemp("released")
+        with zipfile.ZipFile(wheel) as archive:
+            archive.extractall(folder)
+        folders[wheel.name.split("-")[0]] = folder
+    return folders
+
+
+def ask(script, *arguments, path):
+    """What a script prints, in a process with these folders first on its path."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, path)), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", script, *map(str, arguments)], env=environment, capture_output=True, text=True, check=False
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def public_paths(package):
+    """Where the public names are defined."""
+    found = set()
+    for name in PUBLIC_MODULES:
+        module = package if name == "ollm" else package[name.removeprefix("ollm.")]
+        for member in (module.members[export] for export in module.exports):
+            with contextlib.suppress(griffe.AliasResolutionError):  # another library's, which we only hand on
+                found.add(member.canonical_path)
+    return found
+
+
+def breaking_changes(old, new):
+    """What would break users of public names, by path, between two folders with `ollm` in them."""
+    before, after = (griffe.load("ollm", search_paths=[folder]) for folder in (old, new))
+    public = public_paths(before)
+    assert len(public) > 40
+    return {
+        breakage.obj.canonical_path: breakage.explain(griffe.ExplanationStyle.ONE_LINE)
+        for breakage in griffe.find_breaking_changes(before, after)
+        if any(f"{breakage.obj.canonical_path}.".startswith(f"{path}.") for path in public)
+    }
+
+
+def test_no_public_name_changed_in_a_way_that_breaks_its_users(released):
+    broken = breaking_changes(released["ollm_core"], SOURCES)
+    assert {path: why for path, why in broken.items() if path not in INTENDED} == {}
+
+
+@pytest.mark.parametrize(
+    ("file", "before", "after", "path"),
+    [
+        ("contracts/kv.py", "def evict(self, layer: int,", "def evict(self, level: int,", "ollm.contracts.kv.KVStore.evict"),
+        ("contracts/kv.py", "    def release(", "    def let_go(", "ollm.contracts.kv.KVStore.release"),
+        ("contracts/spill.py", "        flush_tokens: int,", "        tokens: int,", "ollm.contracts.spill.SpillPlan.for_memory"),
+        ("factory.py", "    mode: str = ", "    way: str = ", "ollm.factory.disk_cache"),
+    ],
+)  # fmt: skip
+def test_a_breaking_change_is_found(released, tmp_path, file, before, after, path):
+    shutil.copytree(released["ollm_core"] / "ollm", tmp_path / "ollm")
+    changed = tmp_path / "ollm" / file
+    text = changed.read_text(encoding="utf-8")
+    assert before in text
+    changed.write_text(text.replace(before, after), encoding="utf-8")
+    assert path in breaking_changes(released["ollm_core"], tmp_path)
+
+
+def test_contracts_ask_no_more_of_plugins(released):
+    """No new abstract method, and no new field that a plugin would have to fill in."""
+    old, new = (ask(SHAPES, path=[folder]) for folder in (released["ollm_core"], SOURCES))
+    assert len(old["abstract"]) == 5
+    for name, methods in old["abstract"].items():
+        assert set(new["abstract"][name]) <= set(methods), f"{name}: a new method needs a default"
+    for name, fields in old["required"].items():
+        if name not in MADE_BY_CORE:
+            assert set(new["required"][name]) <= set(fields), f"{name}: a new field needs a default"
+
+
+def test_a_plugin_of_the_last_release_works_unchanged(released, tmp_path):
+    """All four kinds of strategies, as a wheel that was built then."""
+    answer = ask(USE_THE_OLD_PLUGIN, tmp_path, path=[released["acme_kv"], SOURCES])
+    assert answer == {
+        "status": "loaded",
+        "warnings": [],
+        "same": [True, True],
+        "offers": ["acme-qwen3", "every-other", "one-file", "small-tail", "zlib-memory"],
+    }
