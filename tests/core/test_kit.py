@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -10,18 +11,33 @@ from pathlib import Path
 
 import pytest
 
+from core.planted import bad_plugins
 from core.planted.bad_choices import CAUGHT as CHOICES
 from core.planted.bad_stores import CAUGHT as STORES
 
 TESTS = Path(__file__).parents[1]
 PLANTED = TESTS / "core" / "planted"
-SOUND = ("TestSoundFile", "TestSoundMemory", "TestSoundWindow", "TestSoundRounding", "TestSoundChoices")
+PLUGINS = bad_plugins.CAUGHT
+SOUND = (
+    "TestSoundFile",
+    "TestSoundMemory",
+    "TestSoundWindow",
+    "TestSoundRounding",
+    "TestSoundChoices",
+    "TestSoundPlugin",
+)
 
 
-def run(arguments, report):
+def run(arguments, folder):
     """Run pytest in a process of its own; the outcome of every test by class: name, and the failure's text."""
+    site, projects, report = folder / "site", folder / "projects", folder / "report.xml"
+    bad_plugins.make_site(site)
+    (site / "planted_missing-1.0.dist-info" / "entry_points.txt").unlink()
+    bad_plugins.make_projects(projects)
+    path = os.pathsep.join([str(site), str(TESTS), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "PYTHONPATH": path, "PLANTED_PROJECTS": str(projects), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "pytest", "-q", f"--rootdir={TESTS.parent}", f"--junitxml={report}", *arguments]
-    done = subprocess.run(command, cwd=TESTS.parent, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, cwd=TESTS.parent, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode in (0, 1), done.stdout + done.stderr
     outcomes = {}
     for case in xml.parse(report).getroot().iter("testcase"):
@@ -35,24 +51,27 @@ def outcomes(tmp_path_factory):
     """Of every planted bug, with the test that is named for it."""
     named = [
         f"{PLANTED / file}::{case}::{test}"
-        for file, table in (("bad_stores.py", STORES), ("bad_choices.py", CHOICES))
+        for file, table in (("bad_stores.py", STORES), ("bad_choices.py", CHOICES), ("bad_plugins.py", PLUGINS))
         for case, (tests, _) in table.items()
         for test in tests.split("|")
     ]
-    return run(named, tmp_path_factory.mktemp("kit") / "report.xml")
+    return run(named, tmp_path_factory.mktemp("kit"))
 
 
-@pytest.mark.parametrize("case", [*STORES, *CHOICES])
+@pytest.mark.parametrize("case", [*STORES, *CHOICES, *PLUGINS])
 def test_a_planted_bug_is_caught_by_the_test_that_is_named_for_it(case, outcomes):
-    _, says = {**STORES, **CHOICES}[case]
+    _, says = {**STORES, **CHOICES, **PLUGINS}[case]
+    if case.startswith("TestWheel"):
+        pytest.importorskip("build")
+        pytest.importorskip("hatchling")
     failures = [text for _, text in outcomes[case] if text]
     assert failures, f"{case} was not caught"
     assert any(re.search(says, text) for text in failures), failures[0][:3000]
 
 
 def test_sound_plugins_pass_everything(tmp_path):
-    files = [PLANTED / "bad_stores.py", PLANTED / "bad_choices.py"]
-    outcomes = run([*files, "-k", " or ".join(SOUND)], tmp_path / "report.xml")
+    files = [PLANTED / "bad_stores.py", PLANTED / "bad_choices.py", PLANTED / "bad_plugins.py"]
+    outcomes = run([*files, "-k", " or ".join(SOUND)], tmp_path)
     assert set(outcomes) == set(SOUND)
     assert [(case, *failed) for case, tests in outcomes.items() for failed in tests if failed[1]] == []
     assert sum(map(len, outcomes.values())) > 200

@@ -6,11 +6,14 @@ from types import SimpleNamespace
 
 import pytest
 from torch import nn
+from transformers import LlamaConfig, Qwen3Config
 
 from ollm.adapters import find_adapter
+from ollm.builtin.adapters import GenericAdapter, LlamaAdapter
 from ollm.contracts.strategy import BuildContext
 from ollm.errors import OllmError, PluginError
 from ollm.registry import Kind, registry
+from ollm.testing import ModelAdapterTests
 
 ADAPTER = """
 from ollm.plugin import ModelAdapter
@@ -45,6 +48,26 @@ def install(installer):
     installer.remove()
     installer.paths.clear()
     registry.cache_clear()
+
+
+class TestLlama(ModelAdapterTests):
+    def adapter(self):
+        return LlamaAdapter()
+
+    def config(self):
+        return LlamaConfig(hidden_size=64, num_hidden_layers=3)
+
+
+class TestGeneric(ModelAdapterTests):
+    def adapter(self):
+        return GenericAdapter()
+
+    def config(self):
+        return Qwen3Config(hidden_size=64, num_hidden_layers=3)
+
+    def test_it_claims_nothing_else(self):
+        """It takes what nobody else does."""
+        assert self.adapter().matches(SimpleNamespace(model_type="anything"))
 
 
 class Model(nn.Module):

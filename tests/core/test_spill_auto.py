@@ -7,6 +7,7 @@ from hypothesis import given
 
 from ollm.builtin.spill import AutoSpill
 from ollm.contracts.spill import KVGeometry, MemorySnapshot
+from ollm.testing import SpillPolicyTests
 
 GIB = 2**30
 
@@ -15,6 +16,11 @@ def memory(kind="cpu", host=16 * GIB, device=16 * GIB):
     return MemorySnapshot(
         device_type=kind, host_total=64 * GIB, host_free=host, device_total=80 * GIB, device_free=device
     )
+
+
+class TestAuto(SpillPolicyTests):
+    def plan(self, geometry, memory, budget):
+        return AutoSpill().plan(geometry, memory, budget)
 
 
 @given(

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 
 from ollm.plugin import KVGeometry, MemorySnapshot
+from ollm.testing import SpillPolicyTests
 from ollm_kv_journal.spill import HotTail
 
 
@@ -14,6 +15,11 @@ def memory(device_type="cpu", free=2**34):
     return MemorySnapshot(
         device_type=device_type, host_total=2**35, host_free=free, device_total=2**35, device_free=free
     )
+
+
+class TestHotTail(SpillPolicyTests):
+    def plan(self, geometry, memory, budget):
+        return HotTail().plan(geometry, memory, budget)
 
 
 @pytest.mark.parametrize(("device_type", "flush", "hot"), [("cpu", 256, 128), ("cuda", 128, 64), ("mps", 128, 64)])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -9,6 +11,7 @@ from hypothesis import strategies as st
 from ollm.plugin import BuildContext, NoOptions
 from ollm.registry import Kind, registry
 from ollm.registry.kinds import RESERVED
+from ollm.testing import OffloadPlacementTests, PluginTests
 from ollm_offload import ollm_offload_placements
 
 PLACEMENTS = {strategy.name: strategy.build(BuildContext(NoOptions())) for strategy in ollm_offload_placements()}
@@ -51,6 +54,30 @@ def test_the_arithmetic(name, total, count, expected):
 def test_auto_says_what_it_stands_for():
     assert PLACEMENTS["auto"].resolves_to == "middle-band"
     assert PLACEMENTS["prefix"].resolves_to is None
+
+
+class PlacementTests(OffloadPlacementTests):
+    name: str
+
+    def place(self, layer_bytes, *, count, budget):
+        return PLACEMENTS[self.name].place(layer_bytes, count=count, budget=budget)
+
+
+class TestPrefix(PlacementTests):
+    name = "prefix"
+
+
+class TestSuffix(PlacementTests):
+    name = "suffix"
+
+
+class TestMiddleBand(PlacementTests):
+    name = "middle-band"
+
+
+class TestPlugin(PluginTests):
+    distribution = "ollm-offload"
+    project = Path(__file__).parents[2] / "packages" / "ollm-offload"
 
 
 @each_placement

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import hypothesis.strategies as st
-import pytest
 from hypothesis import given
 
-from ollm.plugin import BuildContext, KVGeometry, LayerGeometry, MemorySnapshot, NoOptions, SpillPlan, SpillPolicy
+from ollm.plugin import BuildContext, KVGeometry, LayerGeometry, MemorySnapshot, NoOptions, SpillPolicy
 from ollm.registry import Kind, registry
-
-NAMES = ("write-through", "fixed-budget")
+from ollm.testing import SpillPolicyTests
 
 geometries = st.integers(0, 80).map(
     lambda layers: KVGeometry(tuple(LayerGeometry(index, 8, 128, 128, 2) for index in range(layers)))
@@ -27,13 +25,14 @@ def build(name) -> SpillPolicy:
     return found.build(found.get(Kind.SPILL_POLICY, name), BuildContext(NoOptions()), SpillPolicy)
 
 
-@pytest.mark.parametrize("name", NAMES)
-@given(geometry=geometries, memory=snapshots, budget=st.none() | st.integers(0, 2**45))
-def test_a_plan_never_exceeds_the_budget_and_depends_on_its_arguments_alone(name, geometry, memory, budget):
-    plan = build(name).plan(geometry, memory, budget)
-    assert isinstance(plan, SpillPlan)
-    assert plan == build(name).plan(geometry, memory, budget)
-    assert budget is None or plan.resident_bytes + plan.resident_bytes_device <= budget
+class TestWriteThrough(SpillPolicyTests):
+    def plan(self, geometry, memory, budget):
+        return build("write-through").plan(geometry, memory, budget)
+
+
+class TestFixedBudget(SpillPolicyTests):
+    def plan(self, geometry, memory, budget):
+        return build("fixed-budget").plan(geometry, memory, budget)
 
 
 @given(geometry=geometries, one=snapshots, other=snapshots, budget=st.none() | st.integers(0, 2**45))
