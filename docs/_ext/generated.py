@@ -16,6 +16,7 @@ from sphinx.ext.napoleon import Config, GoogleDocstring
 
 import ollm.errors
 import ollm.plugin
+import ollm.testing
 from ollm.contracts import hookspecs
 from ollm.contracts.options import NoOptions, describe_options
 from ollm.registry import Kind, Offer, registry
@@ -114,7 +115,27 @@ def plugin_api() -> str:
     return "\n".join(parts)
 
 
+def testing_api() -> str:
+    """Every public name of `ollm.testing`: what a class asks of its author, and each of its tests."""
+    parts = []
+    for name in ollm.testing.__all__:
+        value = getattr(ollm.testing, name)
+        if not inspect.isclass(value):
+            parts.append(f"```{{eval-rst}}\n.. autofunction:: ollm.testing.{name}\n```\n")
+            continue
+        own = [key for key in ("open", "plan", "place", "adapter", "config") if hasattr(value, key)]
+        own += sorted(key for base in value.__mro__[:-1] for key in vars(base).get("__annotations__", {}))
+        members = f"   :members: {', '.join(own)}\n   :inherited-members:"
+        head = f".. autoclass:: ollm.testing.{name}\n{members}" if own else f".. autoclass:: ollm.testing.{name}"
+        parts.append(f"## {name}\n\n```{{eval-rst}}\n{head}\n```\n\nIts tests:\n")
+        tests = [(key, getattr(value, key)) for key in dir(value) if key.startswith("test_")]
+        rows = [(f"`{key}`", " ".join((inspect.getdoc(test) or "").split())) for key, test in tests]
+        parts += _table(("test", "what it is about"), rows)
+    return "\n".join(parts)
+
+
 GENERATORS: dict[str, Callable[[], str]] = {
+    "testing-api": testing_api,
     "hooks": hooks,
     "strategies": strategies,
     "errors": errors,

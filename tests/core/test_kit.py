@@ -13,11 +13,18 @@ import pytest
 
 from core.planted import bad_plugins
 from core.planted.bad_choices import CAUGHT as CHOICES
+from core.planted.bad_files import CAUGHT as FILES
 from core.planted.bad_stores import CAUGHT as STORES
 
 TESTS = Path(__file__).parents[1]
 PLANTED = TESTS / "core" / "planted"
-PLUGINS = bad_plugins.CAUGHT
+TABLES = {
+    "bad_stores.py": STORES,
+    "bad_files.py": FILES,
+    "bad_choices.py": CHOICES,
+    "bad_plugins.py": bad_plugins.CAUGHT,
+}
+PLANTS = {case: caught for table in TABLES.values() for case, caught in table.items()}
 SOUND = (
     "TestSoundFile",
     "TestSoundMemory",
@@ -51,16 +58,16 @@ def outcomes(tmp_path_factory):
     """Of every planted bug, with the test that is named for it."""
     named = [
         f"{PLANTED / file}::{case}::{test}"
-        for file, table in (("bad_stores.py", STORES), ("bad_choices.py", CHOICES), ("bad_plugins.py", PLUGINS))
+        for file, table in TABLES.items()
         for case, (tests, _) in table.items()
         for test in tests.split("|")
     ]
     return run(named, tmp_path_factory.mktemp("kit"))
 
 
-@pytest.mark.parametrize("case", [*STORES, *CHOICES, *PLUGINS])
+@pytest.mark.parametrize("case", PLANTS)
 def test_a_planted_bug_is_caught_by_the_test_that_is_named_for_it(case, outcomes):
-    _, says = {**STORES, **CHOICES, **PLUGINS}[case]
+    _, says = PLANTS[case]
     if case.startswith("TestWheel"):
         pytest.importorskip("build")
         pytest.importorskip("hatchling")
@@ -70,8 +77,7 @@ def test_a_planted_bug_is_caught_by_the_test_that_is_named_for_it(case, outcomes
 
 
 def test_sound_plugins_pass_everything(tmp_path):
-    files = [PLANTED / "bad_stores.py", PLANTED / "bad_choices.py", PLANTED / "bad_plugins.py"]
-    outcomes = run([*files, "-k", " or ".join(SOUND)], tmp_path)
+    outcomes = run([*(PLANTED / file for file in TABLES), "-k", " or ".join(SOUND)], tmp_path)
     assert set(outcomes) == set(SOUND)
     assert [(case, *failed) for case, tests in outcomes.items() for failed in tests if failed[1]] == []
     assert sum(map(len, outcomes.values())) > 200

@@ -21,6 +21,7 @@ import pytest
 import ollm
 import ollm.errors
 import ollm.plugin
+import ollm.testing
 from ollm.contracts import hookspecs
 from ollm.registry import registry
 from repository.conftest import ROOT
@@ -152,8 +153,23 @@ def test_every_hook_has_an_example(hook):
 def test_every_public_name_is_documented(reference):
     missing = [name for name in ollm.__all__ if not mentions(reference["python-api"], name)]
     missing += [name for name in ollm.plugin.__all__ if not mentions(reference["plugin-api"], name)]
+    missing += [name for name in ollm.testing.__all__ if not mentions(reference["testing"], name)]
     missing += [name for name in ERRORS if not mentions(reference["errors"], name)]
     assert not missing
+
+
+@pytest.mark.parametrize("module", [ollm, ollm.plugin, ollm.testing], ids=lambda module: module.__name__)
+def test_every_public_name_is_tested(module):
+    """Some test outside this folder uses it."""
+    tests = [path for path in (ROOT / "tests").rglob("*.py") if "repository" not in path.parts]
+    text = "\n".join(path.read_text(encoding="utf-8") for path in tests)
+    assert [name for name in module.__all__ if not mentions(text, name)] == []
+
+
+def test_every_test_of_the_kit_is_documented(reference):
+    for name in ollm.testing.__all__:
+        tests = [test for test in dir(getattr(ollm.testing, name)) if test.startswith("test_")]
+        assert [test for test in tests if not mentions(reference["testing"], test)] == []
 
 
 def test_every_strategy_and_option_is_documented(reference):

@@ -8,20 +8,12 @@ from pathlib import Path
 
 from transformers import LlamaConfig
 
+from core.planted.catching import Table
 from ollm.plugin import ModelAdapter, ModelParts, SpillPlan
 from ollm.testing import ModelAdapterTests, OffloadPlacementTests, SpillPolicyTests
 
-CAUGHT = {}
-
-
-def caught_by(test, says):
-    """Marks a test class as broken."""
-
-    def mark(case):
-        CAUGHT[case.__name__] = (test, says)
-        return case
-
-    return mark
+CAUGHT = Table()
+caught_by = CAUGHT.caught_by
 
 
 def plan(**more):

@@ -74,8 +74,7 @@ class LayerHistory:
         return self.stored_tokens + self.tail.tokens
 
     def append(self, keys: Tensor, values: Tensor) -> None:
-        """Add tokens, flushing when the plan says so. After an error the history is what it was, but for an interrupt
-        while bytes that left a window are given back."""
+        """Add tokens. After an error the history is what it was, unless what left a window was being given back."""
         layout = self._check(keys, values)
         short = self._short_extent()
         flush = tokens_to_flush(

@@ -1,0 +1,139 @@
+"""What a plugin gets from core beside the contracts: the context of a build, the store base class, versions."""
+
+from __future__ import annotations
+
+import stat
+from unittest import mock
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from ollm import disk_cache
+from ollm.errors import PluginError, StorageError
+from ollm.plugin import (
+    API_VERSION,
+    Commit,
+    KVBuildContext,
+    KVFacts,
+    RunFolder,
+    SegmentedStorage,
+    SegmentedStore,
+    StorageOptions,
+    Strategy,
+)
+from ollm.registry import Kind, Offer, PluginReport, Status, catalog, registry
+from ollm.testing import assert_holds, random_block, read_extent, store_context
+
+
+class OneSegment(SegmentedStore):
+    """All that a store on disk must say."""
+
+    def place(self, layer, layout, rows):
+        return 3, None
+
+
+@pytest.fixture
+def contexts():
+    """What core gave to `build`, in order."""
+    return []
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=99,
+    )  # fmt: skip
+    return LlamaForCausalLM(config).eval()
+
+
+@pytest.fixture
+def offer(contexts):
+    """`offer(facts)` makes the strategy `acme` available."""
+    patches = []
+
+    def offered(build=lambda context: OneSegment(context.storage()), **facts):
+        def watched(context):
+            contexts.append(context)
+            return build(context)
+
+        strategy = Strategy(
+            name="acme", summary="Acme's.", build=watched, options=StorageOptions, facts=KVFacts(lossless=True, **facts)
+        )
+        report = PluginReport(
+            name="acme", module="acme", distribution="acme", version="1", status=Status.LOADED,
+            offers=(Offer(kind=Kind.KV_STORE, strategy=strategy, distribution="acme"),),
+        )  # fmt: skip
+        reports = (*registry().reports, report)
+        registry.cache_clear()
+        patches.append(mock.patch.object(catalog, "discover", lambda: reports))
+        patches[-1].start()
+
+    yield offered
+    for patch in patches:
+        patch.stop()
+    registry.cache_clear()
+
+
+def test_what_build_is_told(model, offer, contexts, tmp_path):
+    offer(directory="kv_cache_acme")
+    options = {"verify": "always", "min_free_bytes": 0}
+    with disk_cache(model, cache_strategy="acme", cache_dir=tmp_path, options=options):
+        pass
+    (context,) = contexts
+    assert isinstance(context, KVBuildContext)
+    assert context.options == StorageOptions(verify="always", min_free_bytes=0)
+    assert [(layer.kv_heads, layer.key_size, layer.itemsize) for layer in context.geometry.layers] == [(2, 8, 4)] * 2
+    assert context.device == torch.device("cpu")
+    assert context.window_tokens is None
+
+
+@pytest.mark.parametrize("ask", ["storage", "folder"])
+def test_a_store_that_said_it_uses_no_disk_gets_none(model, offer, ask):
+    offer(build=lambda context: OneSegment(getattr(context, ask)()))
+    with pytest.raises(PluginError, match="'acme' asks for a folder, but its facts name no `directory`"):
+        disk_cache(model, cache_strategy="acme")
+
+
+def test_a_folder_is_private_and_takes_only_what_will_be_removed(tmp_path):
+    folder = store_context(tmp_path).folder()
+    assert isinstance(folder, RunFolder)
+    assert stat.S_IMODE(folder.path.stat().st_mode) == 0o700
+    with open(folder.new_file("store-index.sqlite"), "wb") as file:  # noqa: PTH123 (a descriptor)
+        assert stat.S_IMODE((folder.path / "store-index.sqlite").stat().st_mode) == 0o600
+        file.write(b"something")
+    for name in ("index.sqlite", "store-/../../x", "../store-x", ""):
+        with pytest.raises(StorageError, match="would be left behind"):
+            folder.new_file(name)
+    (folder.path / "store-index.sqlite-wal").touch()
+    folder.remove()
+    folder.remove()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_is_dropped_goes(tmp_path):
+    folder = store_context(tmp_path).folder()
+    assert folder.path.exists()
+    del folder
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_store_on_disk_is_one_method(tmp_path):
+    store = OneSegment(store_context(tmp_path).storage())
+    assert isinstance(store.storage, SegmentedStorage)
+    blocks = [random_block(5, seed=seed) for seed in (1, 2)]
+    for keys, values in blocks:
+        store.append(0, keys, values)
+    assert_holds(store, 0, blocks)
+    assert {extent.segment for extent in store.extents(0)} == {3}
+    assert torch.equal(read_extent(store, store.extents(0)[1])[0], blocks[1][0])
+    store.commit(Commit(tokens=10))  # a store that is not durable ignores it
+    assert_holds(store, 0, blocks)
+    store.close()
+
+
+def test_the_version_that_plugins_state(installer):
+    installer.install("acme", "ollm_api_version = 99\n")
+    assert f"was written for API version 99, this ollm-core speaks {API_VERSION}" in installer.report("acme").reason
