@@ -32,4 +32,4 @@ def show_progress(total: int, console: Console) -> Iterator[Progress]:
 
 
 def _line(index: int, total: int, case: Case, what: str) -> str:
-    return f"case {index + 1} of {total}: {case.label}, {case.tokens:,} tokens: {what}"
+    return f"case {index + 1} of {total}: {case.title}: {what}"
