@@ -79,19 +79,22 @@ class RawDisk:
 class RawFiles:
     """Files that are there, such as those of a checkpoint: nothing is written, the folder's included."""
 
-    def __init__(self, files: Sequence[Path]) -> None:
+    def __init__(self, files: Sequence[Path], nbytes: int) -> None:
+        """For measuring with so many bytes of the files."""
         self._files = files
-        self._direct = _reads_directly(files[0])
+        self._nbytes = nbytes
+        self.direct = _reads_directly(files[0])
+        """Whether they are read with O_DIRECT."""
         self._reads: list[Sample] = []
 
     @property
     def rates(self) -> Rates:
         """All samples so far."""
-        return Rates(direct=self._direct, reads=list(self._reads))
+        return Rates(direct=self.direct, reads=list(self._reads))
 
-    def read(self, nbytes: int) -> None:
-        """Measure reading so many bytes."""
-        self._reads.append(read_ends(self._files, nbytes, direct=self._direct))
+    def read(self) -> None:
+        """Measure once more."""
+        self._reads.append(read_ends(self._files, self._nbytes, direct=self.direct))
 
 
 def read_ends(files: Sequence[Path], nbytes: int, *, direct: bool) -> Sample:

@@ -1,4 +1,4 @@
-"""One case of `ollm bench kv`, in its own process: `python -m ollm.bench.kv.case`. See `ollm.bench.process`."""
+"""One case of `ollm bench kv`: `python -m ollm.bench.kv.case`, the other end of `ollm.bench.process`."""
 
 from __future__ import annotations
 

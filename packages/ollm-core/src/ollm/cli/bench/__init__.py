@@ -6,6 +6,7 @@ from __future__ import annotations
 import typer
 
 from ollm.cli.bench.kv import kv
+from ollm.cli.bench.weights import weights
 
 bench = typer.Typer(help="Measure ollm on this machine.", no_args_is_help=True)
 
@@ -16,3 +17,4 @@ def _bench() -> None:
 
 
 bench.command()(kv)
+bench.command()(weights)

@@ -102,9 +102,15 @@ def run(
     from ollm.bench.progress import show_progress
     from ollm.bench.run import run_cases
 
-    with show_progress(len(cases), Console(stderr=True)) as progress:
+    with show_progress(Console(stderr=True)) as tell:
         return run_cases(
-            benchmark, cases, geometry, folder=folder, steps=steps, memory_limit=memory_limit, progress=progress
+            benchmark,
+            cases,
+            geometry,
+            folder=folder,
+            steps=steps,
+            memory_limit=memory_limit,
+            progress=lambda index, case, what: tell(f"case {index + 1} of {len(cases)}: {case.title}: {what}"),
         )
 
 
