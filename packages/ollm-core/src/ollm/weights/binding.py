@@ -1,0 +1,89 @@
+"""`Binding`: the parameters of one decoder layer, bound to its modules as views of a buffer, and taken off again.
+
+Modules are held by reference, so that it does not matter what somebody calls them, or wraps around them, later. A layer
+that is not bound has placeholders, which hold no bytes. Knows modules and buffers, not how these are filled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+
+import attrs
+import torch
+from torch import Tensor, nn
+
+from ollm.weights.layout import LayerLayout, Parameter
+
+Place = tuple[nn.Module, str]
+"""A module, and the name of one of its own parameters."""
+
+
+@attrs.frozen(eq=False)
+class LayerWeights:
+    """A decoder layer, and what its parameters are made of."""
+
+    module: nn.Module
+    parameters: tuple[Parameter, ...]
+    places: tuple[tuple[Place, ...], ...]
+    """For every parameter all places that share it."""
+
+
+Placeholder = Callable[[Parameter], Tensor]
+
+
+def on_meta(parameter: Parameter) -> Tensor:
+    """Fails loudly in whatever it is used by, rather than give another layer's weights."""
+    return torch.empty(parameter.shape, dtype=parameter.dtype, device="meta")
+
+
+def like_real(device: torch.device) -> Placeholder:
+    """Placeholders for code that looks at a weight's device; they hold one element."""
+
+    def placeholder(parameter: Parameter) -> Tensor:
+        value = torch.nan if parameter.dtype.is_floating_point else 0
+        return torch.full((1,) * len(parameter.shape), value, dtype=parameter.dtype, device=device).expand(
+            parameter.shape
+        )
+
+    return placeholder
+
+
+class Binding:
+    """One layer's parameters and where they are now."""
+
+    def __init__(self, weights: LayerWeights) -> None:
+        self.layout = LayerLayout(weights.parameters)
+        self._places = weights.places
+        self._bound: dict[Hashable, list[nn.Parameter]] = {}
+        self.hide(on_meta)
+
+    def bind(self, buffer: Tensor) -> None:
+        """Let the parameters be views of a buffer that holds the layer. Made once per buffer."""
+        key = buffer.data_ptr()
+        if key not in self._bound:
+            with torch.inference_mode(False):  # what is made in it may be used in it only
+                self._bound[key] = _parameters(self.layout.views(buffer))
+        self._set(self._bound[key])
+
+    def unbind(self) -> None:
+        """Let the parameters be placeholders."""
+        self._set(self._hidden)
+
+    def hide(self, placeholder: Placeholder) -> None:
+        """Let the parameters be placeholders of this kind, now and after each `unbind`."""
+        with torch.inference_mode(False):
+            self._hidden = _parameters([placeholder(parameter) for parameter in self.layout.parameters])
+        self._set(self._hidden)
+
+    def forget(self) -> None:
+        """Keep no views of buffers that are to be dropped."""
+        self._bound.clear()
+
+    def _set(self, parameters: Sequence[nn.Parameter]) -> None:
+        for parameter, places in zip(parameters, self._places, strict=True):
+            for module, name in places:
+                module._parameters[name] = parameter
+
+
+def _parameters(tensors: Sequence[Tensor]) -> list[nn.Parameter]:
+    return [nn.Parameter(tensor, requires_grad=False) for tensor in tensors]
