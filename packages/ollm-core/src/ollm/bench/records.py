@@ -91,6 +91,8 @@ class Measured(ABC):
     memory_method: str = ""
     mode: str = ""
     """The mode of ollm's cache, `block` or `tensor`, if there is one."""
+    remark: str = ""
+    """What else a reader may want to know of this case."""
 
     @property
     def seconds(self) -> float:

@@ -150,7 +150,8 @@ def _in_two_lines(name: str) -> str:
 def _verdict_text(outcome: AnyOutcome) -> str:
     if outcome.case.is_baseline:
         return "baseline"
-    return " ".join(f"{verdict.bar} {'ok' if verdict.reached else 'missed'}" for verdict in outcome.verdicts)
+    marks = " ".join(f"{verdict.bar} {'ok' if verdict.reached else 'missed'}" for verdict in outcome.verdicts)
+    return marks or (outcome.measured.remark if outcome.measured else "")
 
 
 def _marks(outcome: AnyOutcome) -> Text:

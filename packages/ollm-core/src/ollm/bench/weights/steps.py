@@ -56,6 +56,7 @@ class Steps:
             page_cache=self._page_cache,
             memory_method=self._memory.method,
             mode=self._subject.mode,
+            remark=self._subject.remark,
         )
 
     def _take_one(self) -> None:
@@ -88,11 +89,11 @@ class Steps:
             self._disk.read()
 
     def _counts(self) -> tuple[int, int, int]:
-        return self._subject.weights_read(), self._subject.kv_read, disk_bytes_read()
+        return self._subject.weights_read, self._subject.kv_read, disk_bytes_read()
 
     def _settle(self) -> None:
         """Until nothing is read ahead any more, so that what is counted is what was needed."""
         last = -1
-        while (now := self._subject.weights_read()) != last:
+        while (now := self._subject.weights_read) != last:
             last = now
             time.sleep(_QUIET)

@@ -28,29 +28,35 @@ _ROOM = 64
 """Tokens that a cache has room for beside those that it is filled with."""
 
 
-def _nothing() -> int:
-    return 0
-
-
 @attrs.define
 class Subject:
-    """A loaded model, with the cache that it works with, if any."""
+    """A loaded model, with the cache that it works with, if any. Counts nothing: only ollm does."""
 
     model: Any
     cache: Any = None
-    weights_read: Callable[[], int] = _nothing
-    """Bytes of weights read so far, as ollm counts."""
-    close: Callable[[], None] = lambda: None
+
+    @property
+    def weights_read(self) -> int:
+        """Bytes of weights read so far, as ollm counts."""
+        return 0
 
     @property
     def kv_read(self) -> int:
         """Bytes of keys and values read so far, as ollm counts."""
-        return self.cache.state().bytes_read if hasattr(self.cache, "state") else 0
+        return 0
+
+    @property
+    def remark(self) -> str:
+        """What is worth telling of how it was loaded."""
+        return ""
 
     @property
     def mode(self) -> str:
-        """Of ollm's cache, if there is one."""
-        return str(self.cache.state().mode) if hasattr(self.cache, "state") else ""
+        """Of ollm's cache."""
+        return ""
+
+    def close(self) -> None:
+        """Remove what it wrote."""
 
     def step(self) -> None:
         """Take one token, after all that is in the cache; one that is empty waits for a prompt."""
@@ -64,6 +70,36 @@ class Subject:
         prompt = torch.randint(self.model.config.vocab_size, (1, tokens))
         more = {"use_cache": False} if self.cache is None else {"past_key_values": self.cache}
         self.model(prompt, logits_to_keep=1, **more)
+
+
+@attrs.define
+class _Ours(Subject):
+    """ollm's own, which counts."""
+
+    inference: AutoInference = attrs.field(kw_only=True)
+
+    @property
+    def weights_read(self) -> int:
+        return self.inference.stats.weights.read_bytes
+
+    @property
+    def kv_read(self) -> int:
+        return int(self.cache.state().bytes_read) if self.cache is not None else 0
+
+    @property
+    def remark(self) -> str:
+        placed = self.inference.placement
+        if placed is None or placed.requested_layers is not None:
+            return ""
+        return f"{len(placed.layer_indices)} of {placed.total_layers} layers resident"
+
+    @property
+    def mode(self) -> str:
+        return str(self.cache.state().mode) if self.cache is not None else ""
+
+    def close(self) -> None:
+        if self.cache is not None:
+            self.cache.close()
 
 
 def load(request: Request, say: Callable[[str], None]) -> Subject:
@@ -118,11 +154,10 @@ def _ollm(request: Request) -> Subject:
     ours = AutoInference(request.geometry.model, device="cpu", logging=False)
     if case.resident is not None:
         ours.offload_layers_to_cpu(case.resident, policy=PLACEMENT)
-    subject = Subject(ours.model)
+    cache = None
     if case.kv_tokens or case.prompt:
-        subject.cache = ours.DiskCache(request.folder, cache_strategy="chunked", ram_budget=0)
-        subject.close = subject.cache.close
-    return subject
+        cache = ours.DiskCache(request.folder, cache_strategy="chunked", ram_budget=0)
+    return _Ours(ours.model, cache, inference=ours)
 
 
 def _fill(subject: Subject, request: Request, done: Callable[[float], None]) -> None:
