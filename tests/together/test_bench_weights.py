@@ -97,11 +97,13 @@ def test_a_small_run(in_this_process, tmp_path, monkeypatch):
     assert {outcome.status for outcome in by_label.values()} == {"done"}
     measured = {label: outcome.measured for label, outcome in by_label.items()}
     per_step = {label: one.bytes_per_step - one.kv_bytes_per_step for label, one in measured.items()}
-    whole = 1.02  # whole blocks of the disk
-    assert 4 * LAYER <= per_step["ollm, nothing resident"] <= whole * 4 * LAYER
-    assert 2 * LAYER <= per_step["ollm, 2 layers resident"] <= whole * 2 * LAYER
+    # a step begins with what was read ahead in the one before, in up to three slots
+    assert abs(per_step["ollm, nothing resident"] - 4 * LAYER) <= 3 * LAYER
+    assert abs(per_step["ollm, 2 layers resident"] - 2 * LAYER) <= 2 * LAYER
     assert per_step["ollm, fit"] == 0
-    assert 4 * LAYER <= per_step["ollm, nothing resident, prompt of 20"] <= whole * 4 * LAYER
+    assert measured["ollm, fit"].remark == "4 of 4 layers resident"
+    # counted when nothing is read ahead; disks are read in whole blocks
+    assert 4 * LAYER <= per_step["ollm, nothing resident, prompt of 20"] <= 1.02 * 4 * LAYER
     kv = measured["ollm, nothing resident, 1,500 tokens of KV"]
     assert kv.kv_bytes_per_step >= 1024 * report.geometry.kv_bytes_per_token
     assert len(measured["in memory"].step_seconds) == 2
