@@ -171,9 +171,17 @@ class LayerLayout:
                 place = self.nbytes + (source.at + first) * parameter.dtype.itemsize
                 self.reads.append(
                     ConvertingRead(
-                        stored.file, (stored,), _floor(begin), _ceil(end) - _floor(begin), end - _floor(begin),
-                        stored, first, count, parameter.dtype, place,
-                    )  # fmt: skip
+                        stored.file,
+                        (stored,),
+                        _floor(begin),
+                        _ceil(end) - _floor(begin),
+                        end - _floor(begin),
+                        stored,
+                        first,
+                        count,
+                        parameter.dtype,
+                        place,
+                    )
                 )
         self.nbytes += _ceil(parameter.nbytes)
 

@@ -12,7 +12,7 @@ import functools
 import os
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -70,6 +70,7 @@ class WeightStreamer:
         self._memory = WeightMemory(folder, device, [binding.layout for binding in self._bindings], self.counters)
         self._finalizer = weakref.finalize(self, self._memory.close)
         self._inside: tuple[int, int | None] | None = None  # the layer that computes, and its device buffer
+        self._stand_ins: dict[Hashable, tuple[Binding, Tensor]] | None = None
         self._original = vars(decoder).get("forward")
         self._forward = self._wrap(decoder.forward)
         decoder.forward = self._forward
@@ -154,6 +155,21 @@ class WeightStreamer:
         finally:
             self._hide(on_meta)
 
+    @contextmanager
+    def standing_in(self) -> Iterator[None]:
+        """Meanwhile, one streamed layer of each kind stands in for all of its kind, so that a forward pass reads next
+        to nothing: for trials that compare two ways through the model, whatever its weights. Other threads wait."""
+        with self._lock:
+            self._leave()
+            self._memory.stop()
+            self._memory.start(self._streamed())
+            self._stand_ins = {}
+            try:
+                yield
+            finally:
+                self._leave()
+                self._stand_ins = None
+
     def _hide(self, placeholder: Callable[..., Tensor]) -> None:
         for index, binding in enumerate(self._bindings):
             if not self._bound_for_good(index):
@@ -177,7 +193,9 @@ class WeightStreamer:
                 needed += self._memory.slots_missing(streamed)
             freed = sum(sizes[index] for index in going if self._memory.held[index].device == device)
             if needed > freed:
-                self._memory.check_room(needed - freed, device, f"{len(wanted)} resident layers, and slots to read into,")
+                self._memory.check_room(
+                    needed - freed, device, f"{len(wanted)} resident layers, and slots to read into,"
+                )
 
     def _drop(self, index: int) -> None:
         self._bindings[index].unbind()
@@ -231,22 +249,33 @@ class WeightStreamer:
         if self._bound_for_good(index):
             return
         memory = self._memory
-        if self.tiers[index] is Tier.DISK:
-            if memory.ring is None:
-                memory.start(self._streamed())
-            assert memory.ring is not None
-            buffer = memory.slots[memory.ring.take(index)]
-            self.counters.layers_streamed += 1
-        else:
-            buffer = memory.held[index].buffer
+        owner, buffer = self._in_host_memory(index)
         number = None
         if memory.lift is not None:
-            number, copied = memory.lift.copy(buffer[: self._bindings[index].layout.nbytes])
+            number, copied = memory.lift.copy(buffer[: owner.layout.nbytes])
             buffer = memory.lift.buffers[number]
             if memory.ring is not None:
                 memory.ring.release(copied)
-        self._bindings[index].bind(buffer)
+        self._bindings[index].bind(buffer, owner)
         self._inside = index, number
+
+    def _in_host_memory(self, index: int) -> tuple[Binding, Tensor]:
+        """A buffer that holds the layer, and the layer whose weights they really are."""
+        memory, binding = self._memory, self._bindings[index]
+        if self.tiers[index] is not Tier.DISK:
+            return binding, memory.held[index].buffer
+        if self._stand_ins is not None:
+            if binding.kind not in self._stand_ins:
+                number = len(self._stand_ins) % len(memory.slots)
+                if number == 0:  # more kinds than slots
+                    self._stand_ins.clear()
+                self._stand_ins[binding.kind] = binding, memory.fill(number, index)
+            return self._stand_ins[binding.kind]
+        if memory.ring is None:
+            memory.start(self._streamed())
+        assert memory.ring is not None
+        self.counters.layers_streamed += 1
+        return binding, memory.slots[memory.ring.take(index)]
 
     def _leave(self) -> None:
         """Take the weights of the layer that computed last, so that its slot is read into again."""
