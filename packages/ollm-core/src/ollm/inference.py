@@ -161,7 +161,7 @@ class _Native:
             return adapter.parts(model).layers
 
         base, streamer = load_model(path, config=config, find_layers=find_layers, device=self.device, dtype=self._dtype)
-        model = base if adapter_dir is None else apply_adapter(base, adapter_dir, streamer)
+        model = base if adapter_dir is None else apply_adapter(base, adapter_dir)
         if self._meter is not None:
             self._meter.remove()
         sizes = [] if streamer else _layer_bytes(find_layers, base)

@@ -37,7 +37,7 @@ def on_meta(parameter: Parameter) -> Tensor:
 
 
 def like_real(device: torch.device) -> Placeholder:
-    """Placeholders for code that looks at a weight's device; they hold one element."""
+    """Holds one element, which is NaN."""
 
     def placeholder(parameter: Parameter) -> Tensor:
         value = torch.nan if parameter.dtype.is_floating_point else 0
@@ -51,11 +51,12 @@ def like_real(device: torch.device) -> Placeholder:
 class Binding:
     """One layer's parameters and where they are now."""
 
-    def __init__(self, weights: LayerWeights) -> None:
+    def __init__(self, weights: LayerWeights, device: torch.device) -> None:
+        """Placeholders at first look as if they were on `device`: for code that puts weights of its own beside them."""
         self.layout = LayerLayout(weights.parameters)
         self._places = weights.places
         self._bound: dict[Hashable, list[nn.Parameter]] = {}
-        self.hide(on_meta)
+        self.hide(like_real(device))
 
     @property
     def kind(self) -> tuple[Hashable, ...]:

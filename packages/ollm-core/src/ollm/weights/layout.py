@@ -136,6 +136,11 @@ class LayerLayout:
                 self._add_converted(number, parameter)
 
     @property
+    def weight_bytes(self) -> int:
+        """Bytes of the parameters; `nbytes` is a little more, for alignment."""
+        return sum(parameter.nbytes for parameter in self.parameters)
+
+    @property
     def stored_bytes(self) -> int:
         """Bytes of the layer's tensors in the files."""
         return sum(source.stored.nbytes for parameter in self.parameters for source in parameter.sources)

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from ollm.errors import WeightsError
-from ollm.weights.binding import Binding, LayerWeights, like_real, on_meta
+from ollm.weights.binding import Binding, LayerWeights, on_meta
 from ollm.weights.checkpoint import Checkpoint
 from ollm.weights.counters import WeightCounters
 from ollm.weights.memory import HOST, Held, WeightMemory
@@ -66,7 +66,7 @@ class WeightStreamer:
         self._checkpoint = checkpoint
         self._process = os.getpid()
         self._lock = threading.RLock()
-        self._bindings = [Binding(layer) for layer in layers]
+        self._bindings = [Binding(layer, device) for layer in layers]
         self._memory = WeightMemory(folder, device, [binding.layout for binding in self._bindings], self.counters)
         self._finalizer = weakref.finalize(self, self._memory.close)
         self._inside: tuple[int, int | None] | None = None  # the layer that computes, and its device buffer
@@ -78,6 +78,8 @@ class WeightStreamer:
             layer.module.register_forward_pre_hook(functools.partial(self._enter, index))
             for index, layer in enumerate(layers)
         ]
+        # whoever saves the model wants what it really has
+        self._hooks.append(decoder.register_state_dict_pre_hook(self._decide))
 
     @property
     def device(self) -> torch.device:
@@ -86,8 +88,8 @@ class WeightStreamer:
 
     @property
     def layer_bytes(self) -> list[int]:
-        """Bytes of memory that each layer takes."""
-        return [binding.layout.nbytes for binding in self._bindings]
+        """Bytes of each layer's weights in memory."""
+        return [binding.layout.weight_bytes for binding in self._bindings]
 
     @property
     def streamed_bytes(self) -> int:
@@ -147,15 +149,6 @@ class WeightStreamer:
             self._finalizer()
 
     @contextmanager
-    def looking_real(self) -> Iterator[None]:
-        """Meanwhile, layers that have no weights look as if they had: for code that puts something beside them."""
-        self._hide(like_real(self.device))
-        try:
-            yield
-        finally:
-            self._hide(on_meta)
-
-    @contextmanager
     def standing_in(self) -> Iterator[None]:
         """Meanwhile, one streamed layer of each kind stands in for all of its kind, so that a forward pass reads next
         to nothing: for trials that compare two ways through the model, whatever its weights. Other threads wait."""
@@ -170,11 +163,6 @@ class WeightStreamer:
                 self._leave()
                 self._stand_ins = None
 
-    def _hide(self, placeholder: Callable[..., Tensor]) -> None:
-        for index, binding in enumerate(self._bindings):
-            if not self._bound_for_good(index):
-                binding.hide(placeholder)
-
     def _home(self, tier: Tier) -> torch.device:
         return self.device if tier is Tier.DEVICE else HOST
 
@@ -186,7 +174,7 @@ class WeightStreamer:
         return held is not None and held.device == self.device
 
     def _check_room(self, coming: list[int], going: list[int], wanted: dict[int, torch.device], streamed: bool) -> None:
-        sizes = self.layer_bytes
+        sizes = [binding.layout.nbytes for binding in self._bindings]
         for device in {HOST, self.device}:
             needed = sum(sizes[index] for index in coming if wanted[index] == device)
             if device == HOST:
@@ -206,6 +194,8 @@ class WeightStreamer:
         """Make tiers, bindings and ring agree with what is held."""
         held = self._memory.held
         self.tiers = [Tier.DISK] * len(self._bindings)
+        for binding in self._bindings:
+            binding.hide(on_meta)
         for index, layer in held.items():
             self.tiers[index] = Tier.DEVICE if layer.device == self.device else Tier.HOST
             if self._bound_for_good(index):
@@ -232,15 +222,19 @@ class WeightStreamer:
         """Check what may have changed since the last forward pass."""
         if os.getpid() != self._process:
             raise WeightsError("A model whose weights are streamed was used in a forked process: load it there.")
-        if self.before_first is not None:
-            decide, self.before_first = self.before_first, None
-            decide()
+        self._decide()
         if torch.is_grad_enabled() and any(weight.requires_grad for weight in self._decoder.parameters()):
             raise WeightsError(
                 "Streamed weights are gone by the time a gradient needs them. Run the model under torch.no_grad(), or "
                 "load it with transformers to train it."
             )
         self._checkpoint.check_identity()
+
+    def _decide(self, *_: Any) -> None:
+        """Have a placement chosen, if none was."""
+        if self.before_first is not None:
+            decide, self.before_first = self.before_first, None
+            decide()
 
     def _enter(self, index: int, module: nn.Module, args: Any) -> None:
         """A forward pass has come to a layer: give it its weights, and take those of the layer before."""
