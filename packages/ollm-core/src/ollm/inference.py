@@ -19,7 +19,7 @@ from torch import nn
 
 from ollm.adapters import find_adapter
 from ollm.devices import resolve_device
-from ollm.errors import ConfigurationError, NotLoadedError
+from ollm.errors import ConfigurationError, NotLoadedError, OllmError
 from ollm.factory import disk_cache
 from ollm.models.directory import check_model_directory
 from ollm.models.references import resolve_reference
@@ -161,10 +161,10 @@ class _Native:
             return adapter.parts(model).layers
 
         base, streamer = load_model(path, config=config, find_layers=find_layers, device=self.device, dtype=self._dtype)
-        model = base if adapter_dir is None else apply_adapter(base, adapter_dir, streamer)
+        model = base if adapter_dir is None else apply_adapter(base, adapter_dir)
         if self._meter is not None:
             self._meter.remove()
-        sizes = [] if streamer else [_nbytes(layer) for layer in find_layers(base)]
+        sizes = [] if streamer else _layer_bytes(find_layers, base)
         self._placer, self._streamer = Placer(streamer, sizes, self.device), streamer
         self.adapter, self.tokenizer, self.model = name, tokenizer, model
         self.stats = Stats(load_seconds=time.perf_counter() - began, load_bytes=_nbytes(model))
@@ -178,6 +178,13 @@ class _Native:
         if self._placer is None:
             raise NotLoadedError(f"{operation}() needs a loaded model: call ini_model() first.")
         return self._placer
+
+
+def _layer_bytes(find_layers: Callable[[nn.Module], Sequence[nn.Module]], model: nn.Module) -> list[int]:
+    try:
+        return [_nbytes(layer) for layer in find_layers(model)]
+    except OllmError:  # nobody knows its layers, so none can be placed
+        return []
 
 
 def _nbytes(module: nn.Module) -> int:

@@ -1,4 +1,4 @@
-"""Which decoder layers stay where: asks a placement plugin, checks its answer, has it carried out, records the truth."""
+"""Which decoder layers stay where: asks a placement plugin, checks its answer, carries it out, records the truth."""
 
 from __future__ import annotations
 

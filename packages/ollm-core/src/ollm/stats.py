@@ -76,7 +76,8 @@ class Stats:
         )
         return (
             f"prefill {prefilled:.0f} tokens in {prefill:.2f} s, decode {decoded:.0f} tokens in {decode:.2f} s, "
-            f"KV saved {format_size(int(saved))} in {save:.2f} s, KV loaded {format_size(int(loaded))} in {load:.2f} s, "
+            f"KV saved {format_size(int(saved))} in {save:.2f} s, "
+            f"KV loaded {format_size(int(loaded))} in {load:.2f} s, "
             f"weights read {format_size(int(weights))}, waited {waited:.2f} s"
         )
 

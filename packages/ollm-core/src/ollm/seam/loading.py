@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -103,7 +102,7 @@ def _check_fits(path: Path, reason: Exception) -> None:
         )
 
 
-def apply_adapter(model: Any, adapter_dir: Path, streamer: WeightStreamer | None = None) -> Any:
+def apply_adapter(model: Any, adapter_dir: Path) -> Any:
     """The model with a PEFT LoRA checkpoint applied. Optimizer states and other files beside it are ignored.
 
     Raises:
@@ -118,7 +117,6 @@ def apply_adapter(model: Any, adapter_dir: Path, streamer: WeightStreamer | None
     except ImportError:
         raise MissingExtraError("adapter_dir needs PEFT: pip install 'ollm-core[peft]'.") from None
     try:
-        with streamer.looking_real() if streamer else nullcontext():  # it puts its weights beside the layers'
-            return PeftModel.from_pretrained(model, adapter_dir, is_trainable=False).eval()
+        return PeftModel.from_pretrained(model, adapter_dir, is_trainable=False).eval()
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ModelDirectoryError(f"The adapter in {adapter_dir} does not fit this model: {error}") from error

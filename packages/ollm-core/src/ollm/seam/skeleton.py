@@ -60,7 +60,8 @@ def build_streamed(
         "__qualname__": model_class.__qualname__,
         "_load_pretrained_model": staticmethod(step),
     }
-    model, report = type(model_class.__name__, (model_class,), body).from_pretrained(path, config=config, **settings)
+    one_off: Any = type(model_class.__name__, (model_class,), body)
+    model, report = one_off.from_pretrained(path, config=config, **settings)
     model.__class__ = model_class
     _move_buffers(model, device)
     return model, report, WeightStreamer(step.decoder, step.layers, step.checkpoint, device, path)
@@ -168,8 +169,8 @@ def _set(model: Any, name: str, tensor: Tensor) -> None:
     """Give a module a parameter or persistent buffer that was read."""
     path, _, own_name = name.rpartition(".")
     module = model.get_submodule(path)
-    value = tensor if own_name in module._buffers else nn.Parameter(tensor, requires_grad=False)
-    value._is_hf_initialized = True  # type: ignore[union-attr]
+    value: Any = tensor if own_name in module._buffers else nn.Parameter(tensor, requires_grad=False)
+    value._is_hf_initialized = True
     setattr(module, own_name, value)
 
 

@@ -37,7 +37,7 @@ def on_meta(parameter: Parameter) -> Tensor:
 
 
 def like_real(device: torch.device) -> Placeholder:
-    """Placeholders for code that looks at a weight's device; they hold one element."""
+    """Holds one element, which is NaN."""
 
     def placeholder(parameter: Parameter) -> Tensor:
         value = torch.nan if parameter.dtype.is_floating_point else 0
@@ -51,19 +51,21 @@ def like_real(device: torch.device) -> Placeholder:
 class Binding:
     """One layer's parameters and where they are now."""
 
-    def __init__(self, weights: LayerWeights) -> None:
+    def __init__(self, weights: LayerWeights, device: torch.device) -> None:
+        """Placeholders at first look as if they were on `device`: for code that puts weights of its own beside them."""
         self.layout = LayerLayout(weights.parameters)
         self._places = weights.places
         self._bound: dict[Hashable, list[nn.Parameter]] = {}
-        self.hide(on_meta)
+        self.hide(like_real(device))
 
-    def bind(self, buffer: Tensor) -> None:
-        """Let the parameters be views of a buffer that holds the layer. Made once per buffer."""
-        key = buffer.data_ptr()
-        if key not in self._bound:
-            with torch.inference_mode(False):  # what is made in it may be used in it only
-                self._bound[key] = _parameters(self.layout.views(buffer))
-        self._set(self._bound[key])
+    @property
+    def kind(self) -> tuple[Hashable, ...]:
+        """What two layers have in common of which one may stand in for the other."""
+        return tuple((parameter.shape, parameter.dtype) for parameter in self.layout.parameters)
+
+    def bind(self, buffer: Tensor, owner: Binding | None = None) -> None:
+        """Let the parameters be views of a buffer that holds the layer, or the layer `owner` of the same kind."""
+        self._set((owner or self)._within(buffer))
 
     def unbind(self) -> None:
         """Let the parameters be placeholders."""
@@ -78,6 +80,14 @@ class Binding:
     def forget(self) -> None:
         """Keep no views of buffers that are to be dropped."""
         self._bound.clear()
+
+    def _within(self, buffer: Tensor) -> list[nn.Parameter]:
+        """Made once per buffer."""
+        key = buffer.data_ptr()
+        if key not in self._bound:
+            with torch.inference_mode(False):  # what is made in it may be used in it only
+                self._bound[key] = _parameters(self.layout.views(buffer))
+        return self._bound[key]
 
     def _set(self, parameters: Sequence[nn.Parameter]) -> None:
         for parameter, places in zip(parameters, self._places, strict=True):

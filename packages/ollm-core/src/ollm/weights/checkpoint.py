@@ -26,9 +26,7 @@ def read_index(path: Path) -> dict[str, str]:
     try:
         index = strict_json((path / INDEX).read_bytes())
     except (OSError, ValueError, RecursionError) as error:
-        raise ModelDirectoryError(
-            f"Cannot read {path / INDEX}: {error}. The download is damaged, repeat it."
-        ) from None
+        raise ModelDirectoryError(f"Cannot read {path / INDEX}: {error}. The download is damaged, repeat it.") from None
     weight_map = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
         raise ModelDirectoryError(f"{path / INDEX} has no weight_map: the download is damaged, repeat it.")

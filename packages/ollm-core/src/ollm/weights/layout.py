@@ -136,6 +136,11 @@ class LayerLayout:
                 self._add_converted(number, parameter)
 
     @property
+    def weight_bytes(self) -> int:
+        """Bytes of the parameters; `nbytes` is a little more, for alignment."""
+        return sum(parameter.nbytes for parameter in self.parameters)
+
+    @property
     def stored_bytes(self) -> int:
         """Bytes of the layer's tensors in the files."""
         return sum(source.stored.nbytes for parameter in self.parameters for source in parameter.sources)
@@ -171,9 +176,17 @@ class LayerLayout:
                 place = self.nbytes + (source.at + first) * parameter.dtype.itemsize
                 self.reads.append(
                     ConvertingRead(
-                        stored.file, (stored,), _floor(begin), _ceil(end) - _floor(begin), end - _floor(begin),
-                        stored, first, count, parameter.dtype, place,
-                    )  # fmt: skip
+                        stored.file,
+                        (stored,),
+                        _floor(begin),
+                        _ceil(end) - _floor(begin),
+                        end - _floor(begin),
+                        stored,
+                        first,
+                        count,
+                        parameter.dtype,
+                        place,
+                    )
                 )
         self.nbytes += _ceil(parameter.nbytes)
 

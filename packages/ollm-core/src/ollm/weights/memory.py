@@ -83,6 +83,15 @@ class WeightMemory:
             claim.release()
             raise
 
+    def fill(self, number: int, index: int) -> Tensor:
+        """Read a layer into a slot, when nothing else reads into slots. Returns the slot.
+
+        Raises:
+            WeightsError: it cannot be read.
+        """
+        _read_into(self.slots[number], self._layouts[index], self._scheduler, self._counters)
+        return self.slots[number]
+
     def drop(self, index: int) -> None:
         """Give a resident layer's memory back."""
         self.held.pop(index).claim.release()
@@ -176,12 +185,16 @@ def read_apart(parameters: Sequence[Parameter], device: torch.device) -> Iterato
 def _read(layout: LayerLayout, scheduler: IOScheduler, counters: WeightCounters, *, pinned: bool) -> Tensor:
     """A new buffer with everything in it that a layout describes."""
     buffer = _buffer(layout.nbytes, pinned=pinned)
+    _read_into(buffer, layout, scheduler, counters)
+    return buffer
+
+
+def _read_into(buffer: Tensor, layout: LayerLayout, scheduler: IOScheduler, counters: WeightCounters) -> None:
     ring = Ring({0: layout.reads}, [buffer], scheduler, counters)
     try:
         ring.take(0)
     finally:
         ring.close()
-    return buffer
 
 
 def _buffer(nbytes: int, *, pinned: bool) -> Tensor:

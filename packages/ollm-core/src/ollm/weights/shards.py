@@ -58,9 +58,7 @@ def read_shard(path: Path) -> dict[str, StoredTensor]:
     try:
         header, length = _read_header(file)
         data = 8 + length
-        tensors = {
-            name: _tensor(file, data, name, entry) for name, entry in header.items() if name != "__metadata__"
-        }
+        tensors = {name: _tensor(file, data, name, entry) for name, entry in header.items() if name != "__metadata__"}
         _check_coverage(tensors, data, file.size)
     except (EOFError, OSError, ValueError, RecursionError) as error:
         raise ModelDirectoryError(

@@ -12,7 +12,7 @@ import functools
 import os
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from ollm.errors import WeightsError
-from ollm.weights.binding import Binding, LayerWeights, like_real, on_meta
+from ollm.weights.binding import Binding, LayerWeights, on_meta
 from ollm.weights.checkpoint import Checkpoint
 from ollm.weights.counters import WeightCounters
 from ollm.weights.memory import HOST, Held, WeightMemory
@@ -66,10 +66,11 @@ class WeightStreamer:
         self._checkpoint = checkpoint
         self._process = os.getpid()
         self._lock = threading.RLock()
-        self._bindings = [Binding(layer) for layer in layers]
+        self._bindings = [Binding(layer, device) for layer in layers]
         self._memory = WeightMemory(folder, device, [binding.layout for binding in self._bindings], self.counters)
         self._finalizer = weakref.finalize(self, self._memory.close)
         self._inside: tuple[int, int | None] | None = None  # the layer that computes, and its device buffer
+        self._stand_ins: dict[Hashable, tuple[Binding, Tensor]] | None = None
         self._original = vars(decoder).get("forward")
         self._forward = self._wrap(decoder.forward)
         decoder.forward = self._forward
@@ -77,6 +78,8 @@ class WeightStreamer:
             layer.module.register_forward_pre_hook(functools.partial(self._enter, index))
             for index, layer in enumerate(layers)
         ]
+        # whoever saves the model wants what it really has
+        self._hooks.append(decoder.register_state_dict_pre_hook(self._decide))
 
     @property
     def device(self) -> torch.device:
@@ -85,8 +88,8 @@ class WeightStreamer:
 
     @property
     def layer_bytes(self) -> list[int]:
-        """Bytes of memory that each layer takes."""
-        return [binding.layout.nbytes for binding in self._bindings]
+        """Bytes of each layer's weights in memory."""
+        return [binding.layout.weight_bytes for binding in self._bindings]
 
     @property
     def streamed_bytes(self) -> int:
@@ -146,18 +149,19 @@ class WeightStreamer:
             self._finalizer()
 
     @contextmanager
-    def looking_real(self) -> Iterator[None]:
-        """Meanwhile, layers that have no weights look as if they had: for code that puts something beside them."""
-        self._hide(like_real(self.device))
-        try:
-            yield
-        finally:
-            self._hide(on_meta)
-
-    def _hide(self, placeholder: Callable[..., Tensor]) -> None:
-        for index, binding in enumerate(self._bindings):
-            if not self._bound_for_good(index):
-                binding.hide(placeholder)
+    def standing_in(self) -> Iterator[None]:
+        """Meanwhile, one streamed layer of each kind stands in for all of its kind, so that a forward pass reads next
+        to nothing: for trials that compare two ways through the model, whatever its weights. Other threads wait."""
+        with self._lock:
+            self._leave()
+            self._memory.stop()
+            self._memory.start(self._streamed())
+            self._stand_ins = {}
+            try:
+                yield
+            finally:
+                self._leave()
+                self._stand_ins = None
 
     def _home(self, tier: Tier) -> torch.device:
         return self.device if tier is Tier.DEVICE else HOST
@@ -170,14 +174,16 @@ class WeightStreamer:
         return held is not None and held.device == self.device
 
     def _check_room(self, coming: list[int], going: list[int], wanted: dict[int, torch.device], streamed: bool) -> None:
-        sizes = self.layer_bytes
+        sizes = [binding.layout.nbytes for binding in self._bindings]
         for device in {HOST, self.device}:
             needed = sum(sizes[index] for index in coming if wanted[index] == device)
             if device == HOST:
                 needed += self._memory.slots_missing(streamed)
             freed = sum(sizes[index] for index in going if self._memory.held[index].device == device)
             if needed > freed:
-                self._memory.check_room(needed - freed, device, f"{len(wanted)} resident layers, and slots to read into,")
+                self._memory.check_room(
+                    needed - freed, device, f"{len(wanted)} resident layers, and slots to read into,"
+                )
 
     def _drop(self, index: int) -> None:
         self._bindings[index].unbind()
@@ -188,6 +194,8 @@ class WeightStreamer:
         """Make tiers, bindings and ring agree with what is held."""
         held = self._memory.held
         self.tiers = [Tier.DISK] * len(self._bindings)
+        for binding in self._bindings:
+            binding.hide(on_meta)
         for index, layer in held.items():
             self.tiers[index] = Tier.DEVICE if layer.device == self.device else Tier.HOST
             if self._bound_for_good(index):
@@ -214,15 +222,19 @@ class WeightStreamer:
         """Check what may have changed since the last forward pass."""
         if os.getpid() != self._process:
             raise WeightsError("A model whose weights are streamed was used in a forked process: load it there.")
-        if self.before_first is not None:
-            decide, self.before_first = self.before_first, None
-            decide()
+        self._decide()
         if torch.is_grad_enabled() and any(weight.requires_grad for weight in self._decoder.parameters()):
             raise WeightsError(
                 "Streamed weights are gone by the time a gradient needs them. Run the model under torch.no_grad(), or "
                 "load it with transformers to train it."
             )
         self._checkpoint.check_identity()
+
+    def _decide(self, *_: Any) -> None:
+        """Have a placement chosen, if none was."""
+        if self.before_first is not None:
+            decide, self.before_first = self.before_first, None
+            decide()
 
     def _enter(self, index: int, module: nn.Module, args: Any) -> None:
         """A forward pass has come to a layer: give it its weights, and take those of the layer before."""
@@ -231,22 +243,33 @@ class WeightStreamer:
         if self._bound_for_good(index):
             return
         memory = self._memory
-        if self.tiers[index] is Tier.DISK:
-            if memory.ring is None:
-                memory.start(self._streamed())
-            assert memory.ring is not None
-            buffer = memory.slots[memory.ring.take(index)]
-            self.counters.layers_streamed += 1
-        else:
-            buffer = memory.held[index].buffer
+        owner, buffer = self._in_host_memory(index)
         number = None
         if memory.lift is not None:
-            number, copied = memory.lift.copy(buffer[: self._bindings[index].layout.nbytes])
+            number, copied = memory.lift.copy(buffer[: owner.layout.nbytes])
             buffer = memory.lift.buffers[number]
             if memory.ring is not None:
                 memory.ring.release(copied)
-        self._bindings[index].bind(buffer)
+        self._bindings[index].bind(buffer, owner)
         self._inside = index, number
+
+    def _in_host_memory(self, index: int) -> tuple[Binding, Tensor]:
+        """A buffer that holds the layer, and the layer whose weights they really are."""
+        memory, binding = self._memory, self._bindings[index]
+        if self.tiers[index] is not Tier.DISK:
+            return binding, memory.held[index].buffer
+        if self._stand_ins is not None:
+            if binding.kind not in self._stand_ins:
+                number = len(self._stand_ins) % len(memory.slots)
+                if number == 0:  # more kinds than slots
+                    self._stand_ins.clear()
+                self._stand_ins[binding.kind] = binding, memory.fill(number, index)
+            return self._stand_ins[binding.kind]
+        if memory.ring is None:
+            memory.start(self._streamed())
+        assert memory.ring is not None
+        self.counters.layers_streamed += 1
+        return binding, memory.slots[memory.ring.take(index)]
 
     def _leave(self) -> None:
         """Take the weights of the layer that computed last, so that its slot is read into again."""
