@@ -15,12 +15,13 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from ollm.adapters import find_adapter
 from ollm.bench.contexts import check_fillable, wait_for_disk
 from ollm.bench.weights.records import Geometry
 from ollm.errors import ConfigurationError
-from ollm.models.directory import INDEX, check_model_directory
+from ollm.models.directory import check_model_directory
 from ollm.seam.geometry import kv_geometry
 from ollm.seam.loading import load_config
 
@@ -105,7 +106,7 @@ def write_checkpoint(llama: Llama, folder: Path, done: Callable[[float], None]) 
         written += sum(weights[name].nbytes for name in names)
         done(written / total)
     index = {"metadata": {"total_size": total}, "weight_map": places}
-    (folder / INDEX).write_text(json.dumps(index, indent=2), encoding="utf-8")
+    (folder / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2), encoding="utf-8")
     words = {"<pad>": 0, "<unk>": 1}
     PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer(WordLevel(words, unk_token="<unk>")), pad_token="<pad>", unk_token="<unk>"
