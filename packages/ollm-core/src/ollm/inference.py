@@ -21,10 +21,13 @@ from ollm.adapters import find_adapter
 from ollm.devices import resolve_device
 from ollm.errors import ConfigurationError, NotLoadedError, OllmError
 from ollm.factory import disk_cache
+from ollm.memory import ledger
 from ollm.models.directory import check_model_directory
 from ollm.models.references import resolve_reference
 from ollm.placement import PlacementRecord, Placer
+from ollm.seam.geometry import decoder_config
 from ollm.seam.loading import apply_adapter, load_config, load_model, load_tokenizer
+from ollm.seam.peak import longest_prompt
 from ollm.stats import Meter, Stats
 
 if TYPE_CHECKING:
@@ -104,7 +107,19 @@ class _Native:
         if self._meter is not None:
             self._meter.flush()
             self.stats.caches.append(cache.counters)
+        self._bound_prompts(cache)
         return cache
+
+    def _bound_prompts(self, cache: KVCache) -> None:
+        """Where weights are streamed, memory is short: let `generate` take a prompt that would not fit in parts, each
+        of which reads the weights once. A size that the user has set stays."""
+        settings = self.model.generation_config
+        if self.placement is None or not self.placement.streamed_bytes or settings.prefill_chunk_size is not None:
+            return
+        free = ledger.measure(self.device).device_free
+        settings.prefill_chunk_size = longest_prompt(
+            decoder_config(self.model), self.model.dtype, cache.piece_rows, free
+        )
 
     def offload_layers_to_cpu(self, layers_num: int, policy: str = "auto") -> PlacementRecord:
         """Keep decoder layers in host memory and read all others from disk for each forward pass; an earlier choice
