@@ -17,13 +17,16 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from ollm.bench import run as runner
-from ollm.bench.records import Case, Geometry, Measured, Outcome, Rates, Report, Sample
-from ollm.bench.table import print_report
-from ollm.bench.verdicts import judge
+from ollm.bench.kv.plan import BENCHMARK
+from ollm.bench.kv.records import Case, Geometry, Measured, Outcome, Report
+from ollm.bench.kv.verdicts import judge
+from ollm.bench.records import Rates, Sample
+from ollm.bench.table import Wording, print_report
 from ollm.cli import app
 from ollm.errors import ConfigurationError, MissingExtraError, UnknownStrategyError
 
 GEOMETRY = Geometry(layers=2, kv_heads=1, head_dim=16, dtype="float32", bytes_per_token=256, model_bytes=1000)
+WORDING = Wording(subject=f"{GEOMETRY.text}; 100 tokens", step="token", above="the model")
 TINY = ["--tokens", "200", "--layers", "2", "--kv-heads", "1", "--head-dim", "16", "--dtype", "float32"]
 
 
@@ -50,7 +53,7 @@ def report():
 
 def printed(report, **settings):
     console = Console(file=io.StringIO(), highlight=False, **settings)
-    print_report(report, console)
+    print_report(report, WORDING, console)
     return console.file.getvalue()
 
 
@@ -82,7 +85,7 @@ def test_a_picture(report, tmp_path):
     pytest.importorskip("matplotlib")
     from ollm.bench.plot import draw
 
-    draw(report, tmp_path / "out.png")
+    draw(report, WORDING, tmp_path / "out.png")
     assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -138,7 +141,7 @@ def test_a_case_that_dies_is_listed(monkeypatch, tmp_path, code, status, reason)
     real = subprocess.Popen
     monkeypatch.setattr(runner.subprocess, "Popen", lambda command, **more: real([sys.executable, "-c", code], **more))
     (outcome,) = runner.run_cases(
-        [Case(kind="static", tokens=10)], GEOMETRY, folder=tmp_path, steps=1, memory_limit=None,
+        BENCHMARK, [Case(kind="static", tokens=10)], GEOMETRY, folder=tmp_path, steps=1, memory_limit=None,
         progress=lambda *_: None,
     )  # fmt: skip
     assert outcome.status == status

@@ -8,9 +8,11 @@ import attrs
 import cattrs
 import pytest
 
-from ollm.bench.plan import PROCESS_BYTES, Free, disk_needed, memory_needed, plan_cases, sample_bytes, why_refused
-from ollm.bench.records import Case, Geometry, Measured, Outcome, Rates, Report, Sample
-from ollm.bench.verdicts import judge
+from ollm.bench.kv.plan import disk_needed, memory_needed, plan_cases, sample_bytes, why_refused
+from ollm.bench.kv.records import Case, Geometry, Measured, Outcome, Report
+from ollm.bench.kv.verdicts import judge
+from ollm.bench.records import Rates, Sample
+from ollm.bench.run import PROCESS_BYTES, Free
 
 GEOMETRY = Geometry(
     layers=16, kv_heads=8, head_dim=128, dtype="bfloat16", bytes_per_token=65536, model_bytes=400_000_000

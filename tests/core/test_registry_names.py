@@ -98,14 +98,6 @@ def test_a_store_that_is_not_installed_comes_with_the_command(installer, name, d
         installer.registry().get(Kind.KV_STORE, name)
 
 
-@pytest.mark.parametrize(("kind", "name"), [(Kind.OFFLOAD_PLACEMENT, "fit"), (Kind.OFFLOAD_PLACEMENT, "interleaved")])
-def test_a_name_that_its_distribution_does_not_offer_yet_says_so(installer, kind, name):
-    """An install command would send people in a circle."""
-    with pytest.raises(UnknownStrategyError, match="for ollm-offload, which does not offer it yet") as caught:
-        installer.registry().get(kind, name)
-    assert "pip install" not in str(caught.value)
-
-
 @pytest.mark.parametrize("name", [None, 5, ["chunked"], ""])
 def test_what_is_no_name_is_answered_with_the_names(installer, name):
     with pytest.raises(UnknownStrategyError, match=r"Available: chunked, resident\."):
@@ -131,6 +123,7 @@ def test_core_alone_offers_what_it_promises(installer):
         (Kind.KV_STORE, "resident"),
         (Kind.KV_STORE, "chunked"),
         (Kind.SPILL_POLICY, "auto"),
+        (Kind.OFFLOAD_PLACEMENT, "fit"),
         (Kind.MODEL_ADAPTER, "llama"),
         (Kind.MODEL_ADAPTER, "generic"),
     }

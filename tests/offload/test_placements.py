@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import pytest
@@ -18,15 +19,16 @@ PLACEMENTS = {strategy.name: strategy.build(BuildContext(NoOptions())) for strat
 each_placement = pytest.mark.parametrize("name", PLACEMENTS)
 
 
-def test_all_four_are_found_through_the_entry_point():
-    found = {name for name in registry().names(Kind.OFFLOAD_PLACEMENT) if "/" not in name}
-    assert found == set(PLACEMENTS) == {"prefix", "suffix", "middle-band", "auto"}
+def test_all_of_them_are_found_through_the_entry_point():
+    offers = registry().offers(Kind.OFFLOAD_PLACEMENT)
+    found = {registry().name_of(offer) for offer in offers if offer.distribution == "ollm-offload"}
+    assert found == set(PLACEMENTS) == {"prefix", "suffix", "middle-band", "interleaved", "auto"}
 
 
-def test_core_knows_which_of_the_reserved_names_are_offered():
+def test_core_knows_who_offers_the_reserved_names():
     """So that an error tells nobody to install what would not help."""
-    reserved = {name: home.planned for name, home in RESERVED[Kind.OFFLOAD_PLACEMENT].items()}
-    assert {name for name, planned in reserved.items() if not planned} == set(PLACEMENTS)
+    homes = {name: home.distribution for name, home in RESERVED[Kind.OFFLOAD_PLACEMENT].items()}
+    assert homes == {**dict.fromkeys(PLACEMENTS, "ollm-offload"), "fit": "ollm-core"}
 
 
 @pytest.mark.parametrize(
@@ -45,6 +47,11 @@ def test_core_knows_which_of_the_reserved_names_are_offered():
         ("middle-band", 3, 9, (0, 1, 2)),
         ("middle-band", 16, 0, ()),
         ("suffix", 0, 2, ()),
+        ("interleaved", 8, 2, (2, 6)),
+        ("interleaved", 16, 4, (2, 6, 10, 14)),
+        ("interleaved", 3, 1, (1,)),
+        ("interleaved", 5, 3, (0, 2, 4)),
+        ("interleaved", 3, 9, (0, 1, 2)),
     ],
 )
 def test_the_arithmetic(name, total, count, expected):
@@ -75,6 +82,10 @@ class TestMiddleBand(PlacementTests):
     name = "middle-band"
 
 
+class TestInterleaved(PlacementTests):
+    name = "interleaved"
+
+
 class TestPlugin(PluginTests):
     distribution = "ollm-offload"
     project = Path(__file__).parents[2] / "packages" / "ollm-offload"
@@ -86,9 +97,13 @@ class TestPlugin(PluginTests):
     count=st.none() | st.integers(0, 50),
     budget=st.none() | st.integers(0, 20_000),
 )
-def test_what_is_chosen_exists_is_consecutive_and_fits(name, sizes, count, budget):
+def test_what_is_chosen_exists_is_as_close_as_it_should_be_and_fits(name, sizes, count, budget):
     chosen = PLACEMENTS[name].place(sizes, count=count, budget=budget)
-    assert list(chosen) == list(range(chosen[0], chosen[-1] + 1)) if chosen else True
+    gaps = {right - left for left, right in itertools.pairwise(chosen)}
+    if name == "interleaved":
+        assert not gaps or max(gaps) - min(gaps) <= 1
+    else:
+        assert gaps <= {1}
     assert set(chosen) <= set(range(len(sizes)))
     assert count is None or len(chosen) <= count
     if budget is None:

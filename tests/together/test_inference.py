@@ -198,7 +198,7 @@ def remote_code(copied):
     ("damage", "message"),
     [
         (shard_outside, r"names '\.\./x\.safetensors', which is not a safetensors file beside it"),
-        (cut_a_shard, "cannot load the weights"),
+        (cut_a_shard, r"Cannot read the weights in .*model-00001-of-.*ends at byte .*get it again"),
         (drop_a_weight, r"lacks 1 of the model's weights.*model\.norm\.weight"),
         (remote_code, "ollm runs no code from model directories"),
         (lambda copied: (copied / "config.json").write_text("{"), "Cannot read .*config.json"),
@@ -233,7 +233,10 @@ def test_placement_is_recorded_truthfully(models_dir, layers, policy, expected):
     assert record.resolved_policy == ("middle-band" if policy == "auto" else policy)
     one_layer = sum(weight.nbytes for weight in o.model.model.layers[0].parameters())
     assert record.placed_bytes == one_layer * len(expected)
-    assert record.weights_on == "cpu" == str(o.model.model.layers[2].mlp.up_proj.weight.device)
+    assert record.tiers == tuple("device" if index in expected else "disk" for index in range(3))
+    assert record.resident_bytes == record.placed_bytes
+    assert record.streamed_bytes == one_layer * (3 - len(expected))
+    assert (str(o.model.model.layers[2].mlp.up_proj.weight.device) == "cpu") == (2 in expected)
 
 
 @pytest.mark.parametrize("count", [-1, 1.5, True, "2", None])
@@ -243,7 +246,7 @@ def test_a_bad_layer_count_is_refused(models_dir, count):
 
 
 def test_an_unknown_policy_lists_the_choices(models_dir):
-    with pytest.raises(UnknownStrategyError, match=r"'center'.*auto, middle-band, prefix, suffix"):
+    with pytest.raises(UnknownStrategyError, match=r"'center'.*auto, fit, interleaved, middle-band, prefix, suffix"):
         load(models_dir).offload_layers_to_cpu(1, policy="center")
 
 

@@ -100,3 +100,8 @@ class CorruptDataError(StorageError):
 
 class NonFiniteError(StorageError, ValueError):
     """Keys or values hold NaN or Inf where a format cannot keep them."""
+
+
+class WeightsError(OllmError, RuntimeError):
+    """Weights that are read while the model runs could not be read, or their files were changed; the message names
+    the file and the tensor."""

@@ -9,26 +9,31 @@ from __future__ import annotations
 import logging as _logging
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from ollm.adapters import find_adapter
 from ollm.devices import resolve_device
-from ollm.errors import ConfigurationError, NotLoadedError
+from ollm.errors import ConfigurationError, NotLoadedError, OllmError
 from ollm.factory import disk_cache
+from ollm.memory import ledger
 from ollm.models.directory import check_model_directory
 from ollm.models.references import resolve_reference
-from ollm.placement import PlacementRecord, place_layers
+from ollm.placement import PlacementRecord, Placer
+from ollm.seam.geometry import decoder_config
 from ollm.seam.loading import apply_adapter, load_config, load_model, load_tokenizer
+from ollm.seam.peak import longest_prompt
 from ollm.stats import Meter, Stats
 
 if TYPE_CHECKING:
     from ollm.kv.state import PrefillProgress
     from ollm.seam.cache import KVCache
+    from ollm.weights.streamer import WeightStreamer
 
 logger = _logging.getLogger("ollm")
 
@@ -57,12 +62,11 @@ class _Native:
         """Stage timings and bytes; filled while `logging` is on."""
         self.adapter: str | None = None
         """Name of the model adapter in use."""
-        self.placement: PlacementRecord | None = None
-        """What the last `offload_layers_to_cpu` decided."""
         self._dtype = dtype
         self._logging = logging
         self._meter: Meter | None = None
-        self._base: Any = None
+        self._placer: Placer | None = None
+        self._streamer: WeightStreamer | None = None
 
     def DiskCache(
         self,
@@ -82,8 +86,11 @@ class _Native:
         Raises:
             NotLoadedError: before a model is loaded.
         """
-        self._check_loaded("DiskCache")
-        with self._meter.paused() if self._meter else nullcontext():  # a trial run is not a generation
+        self._check_loaded("DiskCache").settle()  # weights come first, keys and values plan with the rest
+        with (
+            self._meter.paused() if self._meter else nullcontext(),  # a trial run is not a generation
+            self._streamer.standing_in() if self._streamer else nullcontext(),  # and needs no layer's own weights
+        ):
             cache = disk_cache(
                 self.model,
                 cache_dir=cache_dir,
@@ -100,29 +107,59 @@ class _Native:
         if self._meter is not None:
             self._meter.flush()
             self.stats.caches.append(cache.counters)
+        self._bound_prompts(cache)
         return cache
 
-    def offload_layers_to_cpu(self, layers_num: int, policy: str = "auto") -> PlacementRecord:
-        """Choose decoder layers to keep in host memory; an earlier choice is replaced.
+    def _bound_prompts(self, cache: KVCache) -> None:
+        """Where weights are streamed, memory is short: let `generate` take a prompt that would not fit in parts, each
+        of which reads the weights once. A size that the user has set stays."""
+        settings = self.model.generation_config
+        if self.placement is None or not self.placement.streamed_bytes or settings.prefill_chunk_size is not None:
+            return
+        free = ledger.measure(self.device).device_free
+        settings.prefill_chunk_size = longest_prompt(
+            decoder_config(self.model), self.model.dtype, cache.piece_rows, free
+        )
 
-        In this version weights are not streamed: all of them stay on `device`, as the record says.
+    def offload_layers_to_cpu(self, layers_num: int, policy: str = "auto") -> PlacementRecord:
+        """Keep decoder layers in host memory and read all others from disk for each forward pass; an earlier choice
+        is replaced. On a CPU these layers are then where the model computes; with CUDA they are copied to the device
+        when they are needed.
 
         Args:
             layers_num: how many; more than there are means all.
-            policy: an offload placement: `auto`, `prefix`, `suffix`, `middle-band`, or a plugin's.
+            policy: an offload placement: `auto`, `prefix`, `suffix`, `middle-band`, `interleaved`, or a plugin's.
 
         Raises:
             NotLoadedError: before a model is loaded.
-            ConfigurationError: for a bad count or an unknown policy; without `ollm-offload`, how to install it.
+            ConfigurationError: for a bad count or an unknown policy; without `ollm-offload`, how to install it; after
+                `offload_layers_to_gpu`.
+            MemoryLimitError: the layers do not fit; nothing was read or changed.
         """
-        self._check_loaded("offload_layers_to_cpu")
-        _, adapter = find_adapter(self._base.config)
-        self.placement = place_layers(
-            adapter.parts(self._base), target="cpu", layers_num=layers_num, policy=policy, device=str(self.device)
-        )
+        return self._place("cpu", layers_num, policy)
+
+    def offload_layers_to_gpu(self, layers_num: int, policy: str = "auto") -> PlacementRecord:
+        """Keep decoder layers on the model's CUDA device and read all others from disk for each forward pass.
+
+        Arguments and errors as for `offload_layers_to_cpu`, which cannot be combined with this; and
+
+        Raises:
+            DeviceError: the model is on a CPU.
+        """
+        return self._place("gpu", layers_num, policy)
+
+    @property
+    def placement(self) -> PlacementRecord | None:
+        """Where the decoder layers are: by the last `offload_layers_to_cpu` or `offload_layers_to_gpu`, or else by the
+        placement `fit`, which decides when the first cache is made or the first forward pass begins. `None` before."""
+        return None if self._placer is None else self._placer.record
+
+    def _place(self, target: str, layers_num: int, policy: str) -> PlacementRecord:
+        placer = self._check_loaded(f"offload_layers_to_{target}")
+        record = placer.place(target, layers_num, policy)
         if self._logging:
-            logger.info("%s", self.placement)
-        return self.placement
+            logger.info("%s", record)
+        return record
 
     def _load(self, path: Path, adapter_dir: Path | None) -> None:
         """Load a checked directory, or leave everything as it was."""
@@ -132,24 +169,41 @@ class _Native:
             raise ConfigurationError(
                 f"{path} is a multimodal checkpoint ({config.model_type}); this version runs text models only."
             )
-        adapter, _ = find_adapter(config)
+        name, adapter = find_adapter(config)
         tokenizer = load_tokenizer(path)
-        base = load_model(path, device=self.device, dtype=self._dtype)
+
+        def find_layers(model: nn.Module) -> Sequence[nn.Module]:
+            return adapter.parts(model).layers
+
+        base, streamer = load_model(path, config=config, find_layers=find_layers, device=self.device, dtype=self._dtype)
         model = base if adapter_dir is None else apply_adapter(base, adapter_dir)
         if self._meter is not None:
             self._meter.remove()
-        self.adapter, self.tokenizer, self.model, self._base = adapter, tokenizer, model, base
-        self.placement = None
-        self.stats = Stats(
-            load_seconds=time.perf_counter() - began, load_bytes=sum(weight.nbytes for weight in model.parameters())
-        )
+        sizes = [] if streamer else _layer_bytes(find_layers, base)
+        self._placer, self._streamer = Placer(streamer, sizes, self.device), streamer
+        self.adapter, self.tokenizer, self.model = name, tokenizer, model
+        self.stats = Stats(load_seconds=time.perf_counter() - began, load_bytes=_nbytes(model))
+        if streamer is not None:
+            self.stats.weights = streamer.counters
         self._meter = Meter(model, self.stats) if self._logging else None
         if self._logging:
-            logger.info("loaded %s with adapter '%s' in %.2f s", path, adapter, self.stats.load_seconds)
+            logger.info("loaded %s with adapter '%s' in %.2f s", path, name, self.stats.load_seconds)
 
-    def _check_loaded(self, operation: str) -> None:
-        if self.model is None:
+    def _check_loaded(self, operation: str) -> Placer:
+        if self._placer is None:
             raise NotLoadedError(f"{operation}() needs a loaded model: call ini_model() first.")
+        return self._placer
+
+
+def _layer_bytes(find_layers: Callable[[nn.Module], Sequence[nn.Module]], model: nn.Module) -> list[int]:
+    try:
+        return [_nbytes(layer) for layer in find_layers(model)]
+    except OllmError:  # nobody knows its layers, so none can be placed
+        return []
+
+
+def _nbytes(module: nn.Module) -> int:
+    return sum(weight.nbytes for weight in module.parameters())
 
 
 class Inference(_Native):

@@ -12,6 +12,7 @@ import attrs
 
 from ollm.kv.state import KVCounters
 from ollm.units import format_size
+from ollm.weights.counters import WeightCounters
 
 if TYPE_CHECKING:
     from torch import nn
@@ -30,7 +31,7 @@ class Stats:
     load_seconds: float = 0.0
     """Loading the model from disk."""
     load_bytes: int = 0
-    """Weights loaded."""
+    """Weights of the model. Those of its decoder layers are read when a placement or a forward pass needs them."""
     prefill_tokens: int = 0
     prefill_seconds: float = 0.0
     decode_tokens: int = 0
@@ -38,6 +39,9 @@ class Stats:
     generations: int = 0
     caches: list[KVCounters] = attrs.field(factory=list, repr=False)
     """Counters of every cache made for this model."""
+
+    weights: WeightCounters = attrs.field(factory=WeightCounters)
+    """What reading decoder layers cost; all zero for a model that was loaded whole."""
 
     @property
     def kv_saved_bytes(self) -> int:
@@ -62,16 +66,19 @@ class Stats:
         return (
             self.prefill_tokens, self.prefill_seconds, self.decode_tokens, self.decode_seconds,
             self.kv_saved_bytes, self.kv_save_seconds, self.kv_loaded_bytes, self.kv_load_seconds,
+            self.weights.read_bytes, self.weights.wait_seconds,
         )  # fmt: skip
 
-    def summary(self, since: tuple[float, ...] = (0,) * 8) -> str:
+    def summary(self, since: tuple[float, ...] = (0,) * 10) -> str:
         """The counters in one line; `since`: earlier `totals()` to be subtracted."""
-        prefilled, prefill, decoded, decode, saved, save, loaded, load = (
+        prefilled, prefill, decoded, decode, saved, save, loaded, load, weights, waited = (
             now - then for now, then in zip(self.totals(), since, strict=True)
         )
         return (
             f"prefill {prefilled:.0f} tokens in {prefill:.2f} s, decode {decoded:.0f} tokens in {decode:.2f} s, "
-            f"KV saved {format_size(int(saved))} in {save:.2f} s, KV loaded {format_size(int(loaded))} in {load:.2f} s"
+            f"KV saved {format_size(int(saved))} in {save:.2f} s, "
+            f"KV loaded {format_size(int(loaded))} in {load:.2f} s, "
+            f"weights read {format_size(int(weights))}, waited {waited:.2f} s"
         )
 
 

@@ -1,6 +1,7 @@
 """Offload placements and spill policies for ollm: what stays close when not everything can.
 
-Placements of decoder layers: `prefix`, `suffix`, `middle-band`, and `auto`, which stands for `middle-band`. Spill
+Placements of decoder layers: `prefix`, `suffix`, `middle-band`, `interleaved`, and `auto`, which stands for
+`middle-band`. Spill
 policies of keys and values: `write-through` and `fixed-budget`.
 """
 
@@ -16,6 +17,11 @@ def ollm_offload_placements() -> Iterable[Strategy[OffloadPlacement]]:
     yield Strategy(name="prefix", summary="The first layers.", build=_build_prefix)
     yield Strategy(name="suffix", summary="The last layers.", build=_build_suffix)
     yield Strategy(name="middle-band", summary="Consecutive layers around the middle.", build=_build_middle_band)
+    yield Strategy(
+        name="interleaved",
+        summary="Layers spread evenly: the others are read while these compute.",
+        build=_build_interleaved,
+    )
     yield Strategy(name="auto", summary="The placement that ollm recommends: middle-band.", build=_build_auto)
 
 
@@ -49,6 +55,12 @@ def _build_middle_band(context: BuildContext) -> OffloadPlacement:
     from ollm_offload.bands import MiddleBand
 
     return MiddleBand()
+
+
+def _build_interleaved(context: BuildContext) -> OffloadPlacement:
+    from ollm_offload.bands import Interleaved
+
+    return Interleaved()
 
 
 def _build_auto(context: BuildContext) -> OffloadPlacement:

@@ -75,7 +75,7 @@ def _make_group(limit: int) -> MemoryGroup:
     raise ConfigurationError(
         f"--memory-limit: no memory cgroup could be made ({problem}). Run as root on a system with cgroups, or leave "
         "the option away and start the command inside a limit, such as "
-        f"'systemd-run --user --scope -p MemoryMax={limit} ollm bench kv'."
+        f"'systemd-run --user --scope -p MemoryMax={limit} ollm bench …'."
     )
 
 

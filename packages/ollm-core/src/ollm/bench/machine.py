@@ -66,18 +66,16 @@ def _cpu_model() -> str:
     return platform.processor() or platform.machine()
 
 
-def notes(machine: dict[str, Any], outcomes: Sequence[Outcome]) -> list[str]:
+def notes(machine: dict[str, Any], outcomes: Sequence[Outcome[Any, Any]]) -> list[str]:
     """What a reader must know before believing the numbers: everything that could not be done here."""
     found = []
     if machine["file_system"] in IN_MEMORY:
         found.append(f"{machine['file_system']} is in memory, so no disk was measured: choose another --cache-dir")
-    measured = [outcome.measured for outcome in outcomes if outcome.measured and outcome.case.kind == "strategy"]
+    measured = [outcome.measured for outcome in outcomes if outcome.measured]
     found += sorted({f"page cache {one.page_cache}" for one in measured if one.page_cache.startswith("not")})
     if any(one.rates and not one.rates.direct for one in measured):
         found.append("O_DIRECT is refused here: raw rates go through the kernel's cache, which was told to forget")
-    tensor = sorted(
-        {str(outcome.case.strategy) for outcome in outcomes if outcome.measured and outcome.measured.mode == "tensor"}
-    )
+    tensor = [outcome.case.label for outcome in outcomes if outcome.measured and outcome.measured.mode == "tensor"]
     if tensor:
-        found.append(f"{', '.join(tensor)}: tensor mode, because this model does not take blocks")
+        found.append(f"tensor mode, because this model does not take blocks: {'; '.join(dict.fromkeys(tensor))}")
     return found

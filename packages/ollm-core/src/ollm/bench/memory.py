@@ -1,4 +1,5 @@
-"""The peak memory of this process while something runs. Knows how Linux counts, and what to do elsewhere."""
+"""The peak memory of this process while something runs, and what it read from disks. Knows how Linux counts, and what
+to do elsewhere."""
 
 from __future__ import annotations
 
@@ -10,6 +11,7 @@ import psutil
 
 _CLEAR = Path("/proc/self/clear_refs")
 _STATUS = Path("/proc/self/status")
+_IO = Path("/proc/self/io")
 _RESET_PEAK = "5"
 
 
@@ -48,3 +50,12 @@ class PeakMemory:
         import resource
 
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def disk_bytes_read() -> int:
+    """What the kernel read from disks for this process so far, mapped pages included; 0 where it does not say."""
+    try:
+        lines = _IO.read_text().splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) for line in lines if line.startswith("read_bytes:")), 0)

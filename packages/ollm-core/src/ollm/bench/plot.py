@@ -5,8 +5,7 @@ from __future__ import annotations
 import importlib.util
 from pathlib import Path
 
-from ollm.bench.records import Outcome, Report
-from ollm.bench.table import describe
+from ollm.bench.table import AnyOutcome, AnyReport, Wording
 from ollm.errors import MissingExtraError
 
 _BASELINE, _ON_DISK, _MARK = "0.65", "tab:blue", "black"
@@ -22,22 +21,22 @@ def check_matplotlib() -> None:
         raise MissingExtraError('--plot draws with matplotlib, which is not installed: pip install "ollm-core[plot]"')
 
 
-def draw(report: Report, path: Path) -> None:
-    """Seconds per token of every case that finished, with what was possible and the memory it took."""
+def draw(report: AnyReport, wording: Wording, path: Path) -> None:
+    """Seconds per step of every case that finished, with what was possible and the memory it took."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    done = [outcome for outcome in report.outcomes if outcome.measured and outcome.measured.step_seconds]
+    done = [outcome for outcome in report.outcomes if outcome.case.is_step and _seconds(outcome)]
     figure, axes = pyplot.subplots(figsize=(10, 1.8 + 0.45 * max(len(done), 1)), layout="constrained")
-    names = [f"{outcome.case.label}, {outcome.case.tokens:,} tokens" for outcome in done]
+    names = [outcome.case.title for outcome in done]
     seconds = [_seconds(outcome) for outcome in done]
-    colours = [_ON_DISK if outcome.case.kind == "strategy" else _BASELINE for outcome in done]
+    colours = [_BASELINE if outcome.case.is_baseline else _ON_DISK for outcome in done]
     places = range(len(done))
     axes.barh(places, seconds, color=colours)
     marked = [(outcome.achievable_seconds, place) for place, outcome in zip(places, done, strict=True)
-              if outcome.achievable_seconds and outcome.case.kind == "strategy"]  # fmt: skip
+              if outcome.achievable_seconds and not outcome.case.is_baseline]  # fmt: skip
     if marked:
         axes.plot(*zip(*marked, strict=True), "|", color=_MARK, markersize=18, markeredgewidth=2, label="possible here")
         axes.legend(loc="lower right", bbox_to_anchor=(1, 1), frameon=False)
@@ -49,11 +48,11 @@ def draw(report: Report, path: Path) -> None:
     axes.set_xlim(0, furthest * 1.25)
     axes.set_yticks(places, names)
     axes.invert_yaxis()
-    axes.set_xlabel("seconds per token; with the peak of memory above the model")
+    axes.set_xlabel(f"seconds per {wording.step}; with the peak of memory above {wording.above}")
     axes.spines[["top", "right"]].set_visible(False)
     machine = report.machine
     figure.suptitle(
-        f"{describe(report.geometry)}\n{machine['cpu']}, {machine['cores']} cores, {machine['file_system']}; "
+        f"{wording.subject}\n{machine['cpu']}, {machine['cores']} cores, {machine['file_system']}; "
         f"{report.date}",
         fontsize=10, x=0.01, ha="left",
     )  # fmt: skip
@@ -61,5 +60,5 @@ def draw(report: Report, path: Path) -> None:
     pyplot.close(figure)
 
 
-def _seconds(outcome: Outcome) -> float:
-    return outcome.measured.seconds if outcome.measured else 0.0
+def _seconds(outcome: AnyOutcome) -> float:
+    return outcome.measured.seconds if outcome.measured and outcome.measured.step_seconds else 0.0

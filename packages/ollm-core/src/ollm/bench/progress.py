@@ -3,33 +3,29 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
 
-from ollm.bench.records import Case
-from ollm.bench.run import Progress
+_HOW_FAR = re.compile(r"[0-9]+(%| of [0-9]+)$")
+"""A log needs no line for every percent and step."""
 
 
 @contextmanager
-def show_progress(total: int, console: Console) -> Iterator[Progress]:
-    """A function to call with the index of a case, the case and what it does."""
+def show_progress(console: Console) -> Iterator[Callable[[str], None]]:
+    """A function to call with what is done now."""
     if not console.is_terminal:
         last = ""
 
-        def tell(index: int, case: Case, what: str) -> None:
+        def tell(what: str) -> None:
             nonlocal last
-            kind = f"{index} {re.sub(r'[0-9]', '', what)}"  # a log needs no line for every percent and step
+            kind = _HOW_FAR.sub("", what)
             if kind != last:
-                console.out(_line(index, total, case, what), highlight=False)
+                console.out(what, highlight=False)
             last = kind
 
         yield tell
         return
     with console.status("starting") as status:
-        yield lambda index, case, what: status.update(_line(index, total, case, what))
-
-
-def _line(index: int, total: int, case: Case, what: str) -> str:
-    return f"case {index + 1} of {total}: {case.label}, {case.tokens:,} tokens: {what}"
+        yield status.update

@@ -51,20 +51,13 @@ class RawDisk:
     def read_all(self) -> None:
         """Measure reading the whole file."""
         with ExitStack() as opened:
-            fd = self._open(self._path, opened)
-            self._reads.append(_in_threads(os.preadv, [(fd, at) for at in range(0, self._nbytes, BLOCK)]))
+            fd = _open(self._path, opened, direct=self._direct)
+            self._reads.append(_in_threads(os.preadv, [(fd, at, BLOCK) for at in range(0, self._nbytes, BLOCK)]))
 
     def read_files(self, files: Sequence[Path], nbytes: int) -> None:
-        """Measure reading so many bytes from the ends of files, evenly: a cache's own, as it reads them."""
-        with ExitStack() as opened:
-            places = []
-            for path in files:
-                fd = self._open(path, opened)
-                blocks = path.stat().st_size // BLOCK
-                first = max(blocks - nbytes // len(files) // BLOCK, 0)
-                places += [(fd, block * BLOCK) for block in range(first, blocks)]
-            if places:
-                self._reads.append(_in_threads(os.preadv, places))
+        """Measure reading so many bytes of files: a cache's own, as it reads them."""
+        if files:
+            self._reads.append(read_ends(files, nbytes, direct=self._direct))
 
     def write_some(self) -> None:
         """Measure writing another file, a quarter as large."""
@@ -74,29 +67,63 @@ class RawDisk:
         finally:
             path.unlink(missing_ok=True)
 
-    def _open(self, path: Path, opened: ExitStack) -> int:
-        fd = os.open(path, os.O_RDONLY | (_DIRECT if self._direct else 0))
-        opened.callback(os.close, fd)
-        if not self._direct:
-            _forget(fd)
-        return fd
-
     def _write(self, path: Path, nbytes: int) -> Sample:
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | (_DIRECT if self._direct else 0)
         fd = os.open(path, flags, 0o600)
         try:
-            return _in_threads(os.pwritev, [(fd, at) for at in range(0, nbytes, BLOCK)], lambda: os.fsync(fd))
+            return _in_threads(os.pwritev, [(fd, at, BLOCK) for at in range(0, nbytes, BLOCK)], lambda: os.fsync(fd))
         finally:
             os.close(fd)
 
 
+class RawFiles:
+    """Files that are there, such as those of a checkpoint: nothing is written, the folder's included."""
+
+    def __init__(self, files: Sequence[Path], nbytes: int) -> None:
+        """For measuring with so many bytes of the files."""
+        self._files = files
+        self._nbytes = nbytes
+        self.direct = _reads_directly(files[0])
+        """Whether they are read with O_DIRECT."""
+        self._reads: list[Sample] = []
+
+    @property
+    def rates(self) -> Rates:
+        """All samples so far."""
+        return Rates(direct=self.direct, reads=list(self._reads))
+
+    def read(self) -> None:
+        """Measure once more."""
+        self._reads.append(read_ends(self._files, self._nbytes, direct=self.direct))
+
+
+def read_ends(files: Sequence[Path], nbytes: int, *, direct: bool) -> Sample:
+    """Read so many bytes, rounded up to blocks, from the ends of files, from each as much."""
+    with ExitStack() as opened:
+        places = []
+        for path in files:
+            fd, size = _open(path, opened, direct=direct), path.stat().st_size
+            blocks = -(-size // BLOCK)
+            first = max(blocks - -(-nbytes // len(files) // BLOCK), 0)
+            places += [(fd, at, min(BLOCK, size - at)) for at in range(first * BLOCK, size, BLOCK)]
+        return _in_threads(os.preadv, places)
+
+
+def _open(path: Path, opened: ExitStack, *, direct: bool) -> int:
+    fd = os.open(path, os.O_RDONLY | (_DIRECT if direct else 0))
+    opened.callback(os.close, fd)
+    if not direct:
+        _forget(fd)
+    return fd
+
+
 Transfer = Callable[[int, Sequence[memoryview], int], int]
-Place = tuple[int, int]
-"""Descriptor and offset of a block."""
+Place = tuple[int, int, int]
+"""Descriptor and offset of a block, and how many bytes it has: the last of a file may have fewer."""
 
 
 def _in_threads(transfer: Transfer, places: Sequence[Place], finish: Callable[[], None] = lambda: None) -> Sample:
-    """Move whole blocks, several at a time; the seconds are those of moving and of `finish` alone."""
+    """Move blocks, several at a time; the seconds are those of moving and of `finish` alone."""
     waiting = iter(places)
     buffers = [tensor_bytes(aligned_buffer(BLOCK)) for _ in range(WORKERS)]
     for buffer in buffers:
@@ -112,10 +139,10 @@ def _in_threads(transfer: Transfer, places: Sequence[Place], finish: Callable[[]
 def _move(transfer: Transfer, buffer: memoryview, waiting: Iterator[Place]) -> int:
     """One thread's work: the next block that nobody has taken, until there is none."""
     moved = 0
-    for fd, offset in waiting:  # next() of a list's iterator is atomic
+    for fd, offset, nbytes in waiting:  # next() of a list's iterator is atomic
         count = transfer(fd, [buffer], offset)
-        if count != BLOCK:
-            raise OSError(f"measuring the disk: {count} of {BLOCK} bytes were moved at offset {offset}.")
+        if count != nbytes:
+            raise OSError(f"measuring the disk: {count} of {nbytes} bytes were moved at offset {offset}.")
         moved += count
     return moved
 
@@ -135,10 +162,25 @@ def _takes_direct(folder: Path) -> bool:
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | _DIRECT, 0o600)
         try:
             with mmap.mmap(-1, mmap.PAGESIZE) as page, memoryview(page) as view:
-                return all(count == mmap.PAGESIZE for count in (os.pwritev(fd, [view], 0), os.preadv(fd, [view], 0)))
+                return os.pwritev(fd, [view], 0) == mmap.PAGESIZE and _reads_directly(path)
         finally:
             os.close(fd)
     except OSError:
         return False
     finally:
         path.unlink(missing_ok=True)
+
+
+def _reads_directly(path: Path) -> bool:
+    """Whether a real unbuffered read of a file works."""
+    if not _DIRECT:
+        return False
+    try:
+        fd = os.open(path, os.O_RDONLY | _DIRECT)
+        try:
+            with mmap.mmap(-1, mmap.PAGESIZE) as page, memoryview(page) as view:
+                return os.preadv(fd, [view], 0) > 0
+        finally:
+            os.close(fd)
+    except OSError:
+        return False

@@ -1,79 +1,46 @@
-"""What a benchmark is made of, as records that go to a case's process and into the JSON file.
+"""What every benchmark is made of, as records that go to a case's process and into the JSON file.
 
-Data only: what to run is decided in `plan`, what numbers mean in `verdicts`.
+Data only. Each benchmark has its own cases, geometry and measured values, which extend these; what to run is decided in
+its `plan`, what numbers mean in its `verdicts`.
 """
 
 from __future__ import annotations
 
 import statistics
-from typing import Any
+from abc import ABC, abstractmethod
+from typing import Any, Generic, TypeVar
 
 import attrs
-
-from ollm.units import format_size
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 @attrs.frozen(kw_only=True)
-class Geometry:
-    """The model that decodes, and how many bytes its keys and values take."""
-
-    layers: int
-    """Layers whose keys and values are stored, so those with full attention."""
-    kv_heads: int
-    head_dim: int
-    dtype: str
-    bytes_per_token: int
-    """Keys and values of one token in all stored layers."""
-    model_bytes: int
-    model: str | None = None
-    """The folder of a checkpoint; `None` for a Llama with random weights."""
-
-    def kv_bytes(self, tokens: int) -> int:
-        return self.bytes_per_token * tokens
-
-    def layer_bytes(self, tokens: int) -> int:
-        """Keys and values of one layer."""
-        return self.kv_bytes(tokens) // self.layers
-
-
-@attrs.frozen(kw_only=True)
-class Case:
+class Case(ABC):
     """One thing to measure, in a process of its own."""
 
     kind: str
-    """`disk` (raw rates alone), `static`, `dynamic` or `strategy`."""
-    tokens: int
-    strategy: str | None = None
-    residency: str | None = None
-    """`nothing`, `half`, `everything`, or `budget` for a size that the user chose."""
-    ram_budget: int | None = None
-    forks: int = 1
-    """How many continuations of what the cache is filled with decode at once."""
+    """`disk` (raw rates alone), or one of the benchmark's own."""
 
     @property
+    @abstractmethod
     def label(self) -> str:
-        """As people read it, without the number of tokens."""
-        names = {"disk": "raw disk", "static": "StaticCache", "dynamic": "DynamicCache"}
-        if self.kind != "strategy":
-            return names[self.kind]
-        if self.residency == "budget":
-            return f"{self.strategy}, {format_size(self.ram_budget or 0)} resident"
-        return f"{self.strategy}, {self.residency} resident" + (f", {self.forks} forks" if self.forks > 1 else "")
+        """As people read it; what all cases of a run have in common is left out."""
 
+    @property
+    @abstractmethod
+    def is_baseline(self) -> bool:
+        """Whether others are compared with it."""
 
-@attrs.frozen(kw_only=True)
-class Request:
-    """What the process of a case is told."""
+    @property
+    def title(self) -> str:
+        """The label with all that tells this case from the others."""
+        return self.label
 
-    case: Case
-    geometry: Geometry
-    folder: str
-    """A new folder on the disk to measure, which belongs to this run."""
-    steps: int
-    sample_bytes: int
-    """The size of the file that raw rates are measured with."""
+    @property
+    def is_step(self) -> bool:
+        """Whether its seconds are those of one token, and so comparable to the others'."""
+        return True
 
 
 @attrs.frozen
@@ -96,7 +63,7 @@ class Rates:
     direct: bool
     """Whether the kernel's cache was bypassed with O_DIRECT; `False` where the file system refuses that."""
     reads: list[Sample]
-    writes: list[Sample]
+    writes: list[Sample] = attrs.field(factory=list)
 
     @property
     def read(self) -> float:
@@ -109,34 +76,33 @@ class Rates:
 
 
 @attrs.frozen(kw_only=True)
-class Measured:
-    """What the process of a case answers. Bytes of memory are above the loaded model."""
+class Measured(ABC):
+    """What the process of a case answers."""
 
     rates: Rates | None = None
-    """`None` for caches in memory."""
+    """`None` for what does not read from the disk."""
     step_seconds: list[float] = attrs.field(factory=list)
+    first_seconds: float | None = None
+    """Of the first step of all, where it is told apart."""
     bytes_per_step: int = 0
-    """Keys and values read from the disk."""
-    fill_seconds: float = 0.0
-    """Of `cache.update`, and of waiting until the disk has what it was given."""
-    bytes_written: int = 0
-    stored_bytes: int = 0
-    """What the cache takes on disk in the end."""
-    fill_peak: int = 0
-    decode_peak: int = 0
-    page_cache: str = "not dropped: nothing of this case is read from a disk"
+    """Read from the disk."""
+    page_cache: str = ""
+    """What was done about it, if it has a part in this case."""
     memory_method: str = ""
     mode: str = ""
-    """The mode of ollm's cache, `block` or `tensor`."""
+    """The mode of ollm's cache, `block` or `tensor`, if there is one."""
+    remark: str = ""
+    """What else a reader may want to know of this case."""
 
     @property
     def seconds(self) -> float:
-        """Of one decode step: the median."""
+        """Of one step: the median."""
         return statistics.median(self.step_seconds)
 
     @property
+    @abstractmethod
     def peak(self) -> int:
-        return max(self.fill_peak, self.decode_peak)
+        """The highest memory, above what the benchmark says."""
 
 
 @attrs.frozen(kw_only=True)
@@ -154,25 +120,46 @@ class Verdict:
     reached: bool
 
 
+def at_most(bar: str, what: str, value: float, limit: float, unit: str = "x") -> Verdict:
+    """A bar that a value must not be above."""
+    return Verdict(bar=bar, what=what, value=value, limit=limit, at_least=False, unit=unit, reached=value <= limit)
+
+
+C = TypeVar("C", bound=Case)
+G = TypeVar("G")
+M = TypeVar("M", bound=Measured)
+
+
 @attrs.frozen(kw_only=True)
-class Outcome:
+class Request(Generic[C, G]):
+    """What the process of a case is told."""
+
+    case: C
+    geometry: G
+    folder: str
+    """A new folder on the disk to measure, which belongs to this run."""
+    steps: int
+
+
+@attrs.frozen(kw_only=True)
+class Outcome(Generic[C, M]):
     """A case after its turn."""
 
-    case: Case
+    case: C
     status: str
-    """`done`, `refused` (it cannot fit), `killed` (most likely for memory) or `failed`."""
+    """`done`, `refused` (it cannot fit, or lacks something), `killed` (most likely for memory) or `failed`."""
     reason: str = ""
     """Why it is not `done`."""
-    measured: Measured | None = None
+    measured: M | None = None
     achievable_seconds: float | None = None
-    """What memory and disk allow: the longer of StaticCache's time and reading the same bytes raw."""
+    """What memory and disk allow: the longer of computing and of reading the same bytes raw."""
     possible: float | None = None
-    """Seconds per token as a multiple of `achievable_seconds`."""
+    """Seconds per step as a multiple of `achievable_seconds`."""
     verdicts: list[Verdict] = attrs.field(factory=list)
 
 
 @attrs.frozen(kw_only=True)
-class Report:
+class Report(Generic[C, G, M]):
     """A whole run, as `--json` writes it."""
 
     format: int = 1
@@ -180,12 +167,12 @@ class Report:
     command: list[str]
     machine: dict[str, Any]
     versions: dict[str, str]
-    geometry: Geometry
+    geometry: G
     steps: int
     memory_limit: int | None
     notes: list[str]
     """What could not be done here, such as dropping the page cache."""
-    outcomes: list[Outcome]
+    outcomes: list[Outcome[C, M]]
 
     @property
     def failed(self) -> bool:

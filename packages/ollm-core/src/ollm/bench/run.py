@@ -13,19 +13,52 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Generic
 
+import attrs
 import cattrs
 
-from ollm.bench.case import PROGRESS
 from ollm.bench.limits import memory_group
-from ollm.bench.plan import Free, sample_bytes, why_refused
-from ollm.bench.records import Case, Geometry, Measured, Outcome, Request
+from ollm.bench.process import PROGRESS
+from ollm.bench.records import C, Case, G, M, Outcome, Request
 
 Progress = Callable[[int, Case, str], None]
 """Called with the index of a case, the case, and what it does now."""
 
+LEAST_FREE_DISK = 256 * 2**20
+"""Stores leave this much free and refuse to write otherwise."""
+PROCESS_BYTES = 250 * 10**6
+"""What Python with torch and transformers takes before there is a model."""
+
 _KILLED = (-9, 137)
 """Killed by the kernel, and what a shell makes of that."""
+
+
+@attrs.frozen(kw_only=True)
+class Free:
+    """What is free before a case starts, in bytes."""
+
+    memory: int
+    disk: int
+
+    def why_refused(self, memory: int, disk: int) -> str:
+        """Why what needs so much cannot fit; empty if it can."""
+        for what, needs, has in (("memory", memory, self.memory), ("disk", disk, self.disk)):
+            if needs > has:
+                return f"needs {needs / 1e6:,.0f} MB of {what}, {has / 1e6:,.0f} MB free"
+        return ""
+
+
+@attrs.frozen(kw_only=True)
+class Benchmark(Generic[C, G, M]):
+    """What running its cases must know of a benchmark."""
+
+    module: str
+    """What the process of a case runs."""
+    measured: type[M]
+    """What it answers."""
+    why_refused: Callable[[C, G, Free], str]
+    """Why a case of a geometry cannot run with what is free; empty if it can."""
 
 
 @contextmanager
@@ -39,37 +72,33 @@ def private_folder(cache_dir: Path) -> Iterator[Path]:
 
 
 def run_cases(
-    cases: Sequence[Case],
-    geometry: Geometry,
+    benchmark: Benchmark[C, G, M],
+    cases: Sequence[C],
+    geometry: G,
     *,
     folder: Path,
     steps: int,
     memory_limit: int | None,
     progress: Progress,
-) -> list[Outcome]:
+) -> list[Outcome[C, M]]:
     """One outcome for each case, in order.
 
     Raises:
         ConfigurationError: when there can be no memory limit here.
     """
-    outcomes = []
+    outcomes: list[Outcome[C, M]] = []
     for index, case in enumerate(cases):
-        refused = why_refused(case, geometry, _free(folder, memory_limit))
+        refused = benchmark.why_refused(case, geometry, free_now(folder, memory_limit))
         if refused:
             outcomes.append(Outcome(case=case, status="refused", reason=refused))
             continue
-        request = Request(
-            case=case,
-            geometry=geometry,
-            folder=str(folder),
-            steps=steps,
-            sample_bytes=sample_bytes(geometry, case.tokens),
-        )
-        outcomes.append(_run(request, memory_limit, functools.partial(progress, index, case)))
+        request = Request(case=case, geometry=geometry, folder=str(folder), steps=steps)
+        outcomes.append(_run(benchmark, request, memory_limit, functools.partial(progress, index, case)))
     return outcomes
 
 
-def _free(folder: Path, memory_limit: int | None) -> Free:
+def free_now(folder: Path, memory_limit: int | None) -> Free:
+    """What a case may take: memory inside the limit, and the disk of `folder`."""
     import torch
 
     from ollm.memory import measure_memory
@@ -80,8 +109,10 @@ def _free(folder: Path, memory_limit: int | None) -> Free:
     )
 
 
-def _run(request: Request, memory_limit: int | None, say: Callable[[str], None]) -> Outcome:
-    command = [sys.executable, "-m", "ollm.bench.case"]
+def _run(
+    benchmark: Benchmark[C, G, M], request: Request[C, G], memory_limit: int | None, say: Callable[[str], None]
+) -> Outcome[C, M]:
+    command = [sys.executable, "-m", benchmark.module]
     with memory_group(memory_limit) as group:
         process = subprocess.Popen(
             command,
@@ -94,13 +125,15 @@ def _run(request: Request, memory_limit: int | None, say: Callable[[str], None])
         try:
             if group is not None:
                 group.add(process.pid)  # it waits for its request, so nothing large is allocated yet
-            return _talk(process, request, say)
+            return _talk(process, benchmark, request, say)
         finally:
             process.kill()
             process.communicate()
 
 
-def _talk(process: subprocess.Popen[str], request: Request, say: Callable[[str], None]) -> Outcome:
+def _talk(
+    process: subprocess.Popen[str], benchmark: Benchmark[C, G, M], request: Request[C, G], say: Callable[[str], None]
+) -> Outcome[C, M]:
     assert process.stdin and process.stdout and process.stderr
     with suppress(BrokenPipeError):  # it died already; its exit code says how
         process.stdin.write(json.dumps(cattrs.unstructure(request)))
@@ -115,7 +148,8 @@ def _talk(process: subprocess.Popen[str], request: Request, say: Callable[[str],
     answer = process.stdout.read()
     code = process.wait()
     if code == 0:
-        return Outcome(case=request.case, status="done", measured=cattrs.structure(json.loads(answer), Measured))
+        measured = cattrs.structure(json.loads(answer), benchmark.measured)
+        return Outcome(case=request.case, status="done", measured=measured)
     if code in _KILLED:
         return Outcome(case=request.case, status="killed", reason="the kernel killed it, most likely for memory")
     return Outcome(case=request.case, status="failed", reason=errors[-1] if errors else f"exit code {code}")

@@ -3,48 +3,54 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any, TypeAlias
 
+import attrs
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ollm.bench.records import Geometry, Outcome, Report, Verdict
+from ollm.bench.records import Outcome, Report, Verdict
 
-_COLUMNS = ("case", "s per token", "MB per token", "GB/s of possible", "times possible", "peak MB", "verdict")
 _WIDE = 110
 """From this many columns on there is room for long bars."""
 _PARTS = " ▏▎▍▌▋▊▉█"
 
+AnyOutcome: TypeAlias = Outcome[Any, Any]
+AnyReport: TypeAlias = Report[Any, Any, Any]
 
-def print_report(report: Report, console: Console) -> None:
+
+@attrs.frozen(kw_only=True)
+class Wording:
+    """What a benchmark calls what it measured."""
+
+    subject: str
+    """The model, and what it was given."""
+    step: str
+    """What is done once in the seconds that are shown: `token` or `step`."""
+    above: str
+    """What the memory that is shown comes on top of."""
+
+
+def print_report(report: AnyReport, wording: Wording, console: Console) -> None:
     """To the console: with colours and bars if it is a terminal, else without anything but text."""
     show = _print_rich if console.is_terminal else _print_plain
-    show(report, console)
+    show(report, wording, console)
 
 
-def headline(report: Report) -> str:
-    """Geometry, machine and date."""
+def headline(report: AnyReport, wording: Wording) -> str:
+    """Model, machine and date."""
     machine = report.machine
-    lengths = " and ".join(f"{tokens:,}" for tokens in _lengths(report))
     return (
-        f"{describe(report.geometry)}; {lengths} tokens; {machine['cpu']}, {machine['cores']} cores, "
+        f"{wording.subject}; {machine['cpu']}, {machine['cores']} cores, "
         f"{machine['memory_bytes'] / 2**30:.0f} GiB, {machine['file_system']}; {report.date}"
     )
 
 
-def describe(geometry: Geometry) -> str:
-    """The model in a line."""
-    name = geometry.model or "Llama with random weights"
-    return (
-        f"{name}: {geometry.layers} layers, {geometry.kv_heads} KV heads of {geometry.head_dim}, {geometry.dtype}, "
-        f"{geometry.bytes_per_token / 1024:g} KiB per token"
-    )
-
-
-def _print_plain(report: Report, console: Console) -> None:
-    rows = [_COLUMNS, *(_cells(outcome, report) for outcome in _cached(report))]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(_COLUMNS))]
-    lines = [headline(report), *_disk_lines(report), *(f"note: {note}" for note in report.notes), ""]
+def _print_plain(report: AnyReport, wording: Wording, console: Console) -> None:
+    rows = [_columns(report, wording), *(_cells(outcome, report) for outcome in _but_disk(report))]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [headline(report, wording), *_disk_lines(report), *(f"note: {note}" for note in report.notes), ""]
     for row in rows:
         cells = [
             text.ljust(width) if column in (0, len(row) - 1) else text.rjust(width)
@@ -56,45 +62,53 @@ def _print_plain(report: Report, console: Console) -> None:
         console.out(line, highlight=False)
 
 
-def _print_rich(report: Report, console: Console) -> None:
-    console.print(Text(headline(report), style="bold"))
+def _print_rich(report: AnyReport, wording: Wording, console: Console) -> None:
+    console.print(Text(headline(report, wording), style="bold"))
     for line in _disk_lines(report):
         console.print(Text(line))
     for note in report.notes:
         console.print(Text(f"note: {note}", style="yellow"))
     console.print()
-    console.print(_table(report, bar_width=20 if console.width >= _WIDE else 6))
+    console.print(_table(report, wording, bar_width=20 if console.width >= _WIDE else 6))
     console.print()
     for where, verdict in _all_verdicts(report):
         console.print(Text(f"{where}: {_sentence(verdict)}", style="green" if verdict.reached else "red"))
 
 
-def _table(report: Report, bar_width: int) -> Table:
+def _table(report: AnyReport, wording: Wording, bar_width: int) -> Table:
     table = Table(box=None, padding=(0, 1, 0, 0), header_style="bold", pad_edge=False)
-    table.add_column(_COLUMNS[0])
-    table.add_column(_in_two_lines(_COLUMNS[1]), justify="right")
+    first, seconds, *middle, last = _columns(report, wording)
+    table.add_column(first)
+    table.add_column(_in_two_lines(seconds), justify="right")
     table.add_column("", width=bar_width, no_wrap=True)
-    for name in _COLUMNS[2:-1]:
+    for name in middle:
         table.add_column(_in_two_lines(name), justify="right")
-    table.add_column(_COLUMNS[-1])
-    outcomes = _cached(report)
-    longest = max((_seconds(outcome) for outcome in outcomes), default=0.0)
+    table.add_column(last)
+    outcomes = _but_disk(report)
+    longest = max(map(_step_seconds, outcomes), default=0.0)
     for outcome in outcomes:
-        name, seconds, *middle, verdict = _cells(outcome, report)
-        bar = Text(_bar(_seconds(outcome), longest, bar_width), style=_colour(outcome))
-        last = _marks(outcome) if outcome.verdicts else Text(verdict, style="" if outcome.measured else "yellow")
-        table.add_row(Text(name), seconds, bar, *middle, last)
+        first, seconds, *middle, last = _cells(outcome, report)
+        bar = Text(_bar(_step_seconds(outcome), longest, bar_width), style=_colour(outcome))
+        verdict = _marks(outcome) if outcome.verdicts else Text(last, style="" if outcome.measured else "yellow")
+        table.add_row(Text(first), seconds, bar, *middle, verdict)
     return table
 
 
-def _cells(outcome: Outcome, report: Report) -> tuple[str, ...]:
-    """One text for each column, in the order of `_COLUMNS`."""
-    name = outcome.case.label.removesuffix(" resident")
-    if len(_lengths(report)) > 1:
-        name += f", {outcome.case.tokens:,}"
+def _columns(report: AnyReport, wording: Wording) -> tuple[str, ...]:
+    first = [f"first {wording.step}"] if _has_first(report) else []
+    return (
+        "case", f"s per {wording.step}", *first, f"MB per {wording.step}", "GB/s of possible", "times possible",
+        "peak MB", "verdict",
+    )  # fmt: skip
+
+
+def _cells(outcome: AnyOutcome, report: AnyReport) -> tuple[str, ...]:
+    """One text for each column, in the order of `_columns`."""
+    name = _name(outcome, report)
     measured = outcome.measured
+    has_first = _has_first(report)
     if measured is None:
-        return (name, *[""] * (len(_COLUMNS) - 2), f"{outcome.status}: {outcome.reason}")
+        return (name, *[""] * (6 if has_first else 5), f"{outcome.status}: {outcome.reason}")
     megabytes = measured.bytes_per_step / 1e6
     reading, times = "", f"{outcome.possible:.2f}" if outcome.possible else ""
     if measured.bytes_per_step and outcome.achievable_seconds:
@@ -102,9 +116,11 @@ def _cells(outcome: Outcome, report: Report) -> tuple[str, ...]:
             measured.bytes_per_step / seconds / 1e9 for seconds in (measured.seconds, outcome.achievable_seconds)
         )
         reading = f"{achieved:.2f}/{achievable:.2f}"
+    first = "" if measured.first_seconds is None else f"{measured.first_seconds:.3f}"
     return (
         name,
         f"{measured.seconds:.3f}",
+        *([first] if has_first else []),
         f"{megabytes:,.{1 if 0 < megabytes < 10 else 0}f}",
         reading,
         times,
@@ -113,8 +129,16 @@ def _cells(outcome: Outcome, report: Report) -> tuple[str, ...]:
     )
 
 
-def _lengths(report: Report) -> list[int]:
-    return list(dict.fromkeys(outcome.case.tokens for outcome in _cached(report)))
+def _name(outcome: AnyOutcome, report: AnyReport) -> str:
+    """As short as the other cases allow."""
+    case = outcome.case
+    alike = {other.case.title for other in report.outcomes if other.case.label == case.label}
+    name: str = case.label if len(alike) == 1 else case.title
+    return name.replace(" resident", "")
+
+
+def _has_first(report: AnyReport) -> bool:
+    return any(outcome.measured and outcome.measured.first_seconds is not None for outcome in report.outcomes)
 
 
 def _in_two_lines(name: str) -> str:
@@ -123,13 +147,14 @@ def _in_two_lines(name: str) -> str:
     return f"{head}\n{last}"
 
 
-def _verdict_text(outcome: Outcome) -> str:
-    if outcome.case.kind != "strategy":
+def _verdict_text(outcome: AnyOutcome) -> str:
+    if outcome.case.is_baseline:
         return "baseline"
-    return " ".join(f"{verdict.bar} {'ok' if verdict.reached else 'missed'}" for verdict in outcome.verdicts)
+    marks = " ".join(f"{verdict.bar} {'ok' if verdict.reached else 'missed'}" for verdict in outcome.verdicts)
+    return marks or (outcome.measured.remark if outcome.measured else "")
 
 
-def _marks(outcome: Outcome) -> Text:
+def _marks(outcome: AnyOutcome) -> Text:
     text = Text()
     for verdict in outcome.verdicts:
         text.append(f"{verdict.bar}{'✓' if verdict.reached else '✗'} ", style="green" if verdict.reached else "red")
@@ -146,13 +171,13 @@ def _sentence(verdict: Verdict) -> str:
     )
 
 
-def _all_verdicts(report: Report) -> Iterator[tuple[str, Verdict]]:
+def _all_verdicts(report: AnyReport) -> Iterator[tuple[str, Verdict]]:
     for outcome in report.outcomes:
         for verdict in outcome.verdicts:
-            yield f"{outcome.case.label}, {outcome.case.tokens:,}", verdict
+            yield outcome.case.title, verdict
 
 
-def _disk_lines(report: Report) -> Iterator[str]:
+def _disk_lines(report: AnyReport) -> Iterator[str]:
     for outcome in report.outcomes:
         if outcome.case.kind != "disk":
             continue
@@ -160,24 +185,22 @@ def _disk_lines(report: Report) -> Iterator[str]:
             yield f"raw disk: {outcome.status}: {outcome.reason}"
             continue
         rates = outcome.measured.rates
+        writes = f", writes {rates.write / 1e9:.2f} GB/s" if rates.writes else ""
         how = "unbuffered" if rates.direct else "through the kernel's cache: O_DIRECT is refused here"
-        yield (
-            f"raw disk: reads {rates.read / 1e9:.2f} GB/s, writes {rates.write / 1e9:.2f} GB/s "
-            f"({how}; measured again around each case)"
-        )
+        yield (f"raw disk: reads {rates.read / 1e9:.2f} GB/s{writes} ({how}; measured again around each case)")
 
 
-def _cached(report: Report) -> list[Outcome]:
+def _but_disk(report: AnyReport) -> list[AnyOutcome]:
     """All but the disk alone."""
     return [outcome for outcome in report.outcomes if outcome.case.kind != "disk"]
 
 
-def _seconds(outcome: Outcome) -> float:
-    return outcome.measured.seconds if outcome.measured else 0.0
+def _step_seconds(outcome: AnyOutcome) -> float:
+    return outcome.measured.seconds if outcome.measured and outcome.case.is_step else 0.0
 
 
-def _colour(outcome: Outcome) -> str:
-    if outcome.case.kind != "strategy":
+def _colour(outcome: AnyOutcome) -> str:
+    if outcome.case.is_baseline:
         return "bright_black"
     return "green" if all(verdict.reached for verdict in outcome.verdicts) else "red"
 

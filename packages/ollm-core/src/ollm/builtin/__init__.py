@@ -11,6 +11,7 @@ from ollm.plugin import (
     KVFacts,
     KVStore,
     ModelAdapter,
+    OffloadPlacement,
     SpillPolicy,
     StorageOptions,
     Strategy,
@@ -51,6 +52,11 @@ def ollm_spill_policies() -> Iterable[Strategy[SpillPolicy]]:
 
 
 @hookimpl
+def ollm_offload_placements() -> Iterable[Strategy[OffloadPlacement]]:
+    yield Strategy(name="fit", summary="As many layers as memory takes, spread evenly: the default.", build=_build_fit)
+
+
+@hookimpl
 def ollm_model_adapters() -> Iterable[Strategy[ModelAdapter]]:
     yield Strategy(name="llama", summary="Llama and models built like it.", build=_build_llama)
     yield Strategy(name="generic", summary="Any model whose decoder holds one list of layers.", build=_build_generic)
@@ -72,6 +78,12 @@ def _build_auto(context: BuildContext) -> SpillPolicy:
     from ollm.builtin.spill import AutoSpill
 
     return AutoSpill()
+
+
+def _build_fit(context: BuildContext) -> OffloadPlacement:
+    from ollm.builtin.fit import Fit
+
+    return Fit()
 
 
 def _build_llama(context: BuildContext) -> ModelAdapter:

@@ -48,7 +48,8 @@ def ollm_offload_placements() -> Iterable[Strategy[OffloadPlacement]]:  # type: 
     """Offer offload placements: which decoder layers are kept in the tier that the caller names.
 
     Each strategy's `build` takes a `BuildContext` and returns an `OffloadPlacement`.
-    Used by `Inference.offload_layers_to_cpu(policy=...)`.
+    Used by `Inference.offload_layers_to_cpu(policy=...)` and `offload_layers_to_gpu`, and the one named `fit` where
+    neither is called.
     """
 
 

@@ -20,12 +20,13 @@ from ollm.contracts.spill import SpillPlan
 from ollm.errors import StoreContractError
 from ollm.io.buffers import BufferPool
 from ollm.io.scheduler import scheduler_of
+from ollm.io.streams import CudaStreams
 from ollm.kv.encoded import EncodedResidency, Scratch
 from ollm.kv.pins import Pins
 from ollm.kv.reader import READ_BYTES, BlockReader, check_raw
 from ollm.kv.residency import Residency, Share
 from ollm.kv.rows import RowMap, Stored
-from ollm.kv.staging import CudaStreams, Staging
+from ollm.kv.staging import Staging
 from ollm.kv.state import KVCounters
 from ollm.storage.tensors import LayerLayout
 

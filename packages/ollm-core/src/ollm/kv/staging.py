@@ -8,50 +8,18 @@ passed in, so that the order of all this can be tested without an accelerator.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
-from typing import Any, Protocol
+from contextlib import contextmanager
+from typing import Any
 
 import attrs
 import torch
 from torch import Tensor
 
+from ollm.io.streams import Streams
 from ollm.memory import ledger
 
 SLOTS = 3
 """Device buffers: one is being computed with, one is filled, one waits."""
-
-
-class Stream(Protocol):
-    """As `torch.cuda.Stream`."""
-
-    def wait_event(self, event: Any) -> None: ...
-
-    def record_event(self) -> Any: ...
-
-
-class Streams(Protocol):
-    """What of `torch.cuda` is needed."""
-
-    copying: Stream
-
-    def computing(self) -> Stream: ...
-
-    def on_copying(self) -> AbstractContextManager[Any]: ...
-
-
-class CudaStreams:
-    """The real ones of one device."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self.copying: Any = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-
-    def computing(self) -> Any:
-        return torch.cuda.current_stream(self._device)
-
-    def on_copying(self) -> AbstractContextManager[Any]:
-        context: AbstractContextManager[Any] = torch.cuda.stream(self.copying)
-        return context
 
 
 @attrs.define(eq=False)

@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from ollm.errors import ModelDirectoryError
+from ollm.weights.checkpoint import INDEX, SINGLE, read_index
 
 CONFIG = "config.json"
-SINGLE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json")
 _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
@@ -44,13 +43,13 @@ def check_model_directory(path: Path, *, where_from: str = "") -> None:
 def weight_files(path: Path) -> list[Path]:
     """The safetensors files of a checked model directory, sorted."""
     if (path / INDEX).is_file():
-        return [path / name for name in _shards(path)]
+        return [path / name for name in sorted(set(read_index(path).values()))]
     return [path / SINGLE]
 
 
 def _missing_weights(path: Path) -> list[str]:
     if (path / INDEX).is_file():
-        return [name for name in _shards(path) if not (path / name).is_file()]
+        return [name for name in sorted(set(read_index(path).values())) if not (path / name).is_file()]
     if (path / SINGLE).is_file():
         return []
     pickled = sorted(file.name for pattern in _PICKLED for file in path.glob(pattern))
@@ -60,19 +59,6 @@ def _missing_weights(path: Path) -> list[str]:
             "get the model as safetensors, or convert it with transformers' save_pretrained()."
         )
     return [f"{SINGLE} (or {INDEX} and its shards)"]
-
-
-def _shards(path: Path) -> list[str]:
-    """The file names of an index; names only, never paths."""
-    index = _read_json(path / INDEX)
-    weight_map = index.get("weight_map") if isinstance(index, dict) else None
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise ModelDirectoryError(f"{path / INDEX} has no weight_map: the download is damaged, repeat it.")
-    names = sorted({str(name) for name in weight_map.values()})
-    for name in names:
-        if Path(name).name != name or not name.endswith(".safetensors"):
-            raise ModelDirectoryError(f"{path / INDEX} names {name!r}, which is not a safetensors file beside it.")
-    return names
 
 
 def _read_json(path: Path) -> Any:

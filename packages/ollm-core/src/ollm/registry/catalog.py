@@ -100,8 +100,6 @@ class Registry:
 
 
 def _how_to_install(name: str, home: Home) -> str:
-    if home.planned:
-        return f"'{name}' is reserved for {home.distribution}, which does not offer it yet."
     if home.extra is None:
         return f"'{name}' ships in {home.distribution} itself: is its plugin switched off or broken?"
     return f"'{name}' ships in {home.distribution}: pip install 'ollm-core[{home.extra}]'."

@@ -35,8 +35,6 @@ class Home:
 
     distribution: str
     extra: str | None
-    planned: bool = False
-    """Whether the name is only reserved: no version of the distribution offers it yet."""
 
 
 _CORE = Home("ollm-core", None)
@@ -44,7 +42,6 @@ _PAGED = Home("ollm-kv-paged", "paged")
 _JOURNAL = Home("ollm-kv-journal", "journal")
 _QUANT = Home("ollm-kv-quant", "quant")
 _OFFLOAD = Home("ollm-offload", "offload")
-_OFFLOAD_LATER = attrs.evolve(_OFFLOAD, planned=True)
 
 RESERVED: dict[Kind, dict[str, Home]] = {
     Kind.KV_STORE: {
@@ -59,8 +56,8 @@ RESERVED: dict[Kind, dict[str, Home]] = {
     },
     Kind.SPILL_POLICY: {"auto": _CORE, "write-through": _OFFLOAD, "fixed-budget": _OFFLOAD, "hot-tail": _JOURNAL},
     Kind.OFFLOAD_PLACEMENT: {
-        **dict.fromkeys(("prefix", "suffix", "middle-band", "auto"), _OFFLOAD),
-        **dict.fromkeys(("interleaved", "fit"), _OFFLOAD_LATER),
+        "fit": _CORE,
+        **dict.fromkeys(("prefix", "suffix", "middle-band", "interleaved", "auto"), _OFFLOAD),
     },
     Kind.MODEL_ADAPTER: {"llama": _CORE, "generic": _CORE},
 }

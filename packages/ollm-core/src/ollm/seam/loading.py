@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,14 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from ollm.errors import MissingExtraError, ModelDirectoryError
+from ollm.errors import MemoryLimitError, MissingExtraError, ModelDirectoryError, OllmError
+from ollm.memory import ledger
+from ollm.seam.names import CannotStreamError
+from ollm.seam.skeleton import FindLayers, build_streamed
+from ollm.units import format_size
+from ollm.weights.streamer import WeightStreamer
+
+logger = logging.getLogger("ollm")
 
 _ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
@@ -36,27 +44,43 @@ def load_tokenizer(path: Path) -> Any:
         raise ModelDirectoryError(f"transformers cannot load the tokenizer in {path}: {error}") from error
 
 
-def load_model(path: Path, *, device: torch.device, dtype: torch.dtype | None) -> Any:
-    """The causal model of a directory, on `device`, ready for inference.
+def load_model(
+    path: Path, *, config: Any, find_layers: FindLayers, device: torch.device, dtype: torch.dtype | None
+) -> tuple[Any, WeightStreamer | None]:
+    """The causal model of a directory, on `device`, ready for inference, and what streams its decoder layers.
+
+    Where they cannot be streamed, transformers loads the whole model, and the second is `None`.
 
     Args:
         path: a checked model directory.
-        device: where all weights go.
+        config: what `load_config` made of it.
+        find_layers: the decoder layers of a built model, in order.
+        device: where the model computes.
         dtype: `None` for the checkpoint's own.
 
     Raises:
         ModelDirectoryError: for damaged files, and for weights that are missing or of the wrong shape: stock loading
             would fill those with random numbers.
+        MemoryLimitError: what has to be in memory does not fit.
     """
+    settings = {
+        "dtype": dtype or "auto",
+        "use_safetensors": True,
+        "trust_remote_code": False,
+        "local_files_only": True,
+        "output_loading_info": True,
+    }
+    streamer = None
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(
-            path,
-            dtype=dtype or "auto",
-            use_safetensors=True,
-            trust_remote_code=False,
-            local_files_only=True,
-            output_loading_info=True,
-        )
+        try:
+            model, report, streamer = build_streamed(path, config, find_layers, device, settings)
+        except CannotStreamError as reason:
+            logger.info("%s is loaded whole, its layers cannot be streamed: %s", path, reason)
+            _check_fits(path, reason)
+            model, report = AutoModelForCausalLM.from_pretrained(path, **settings)
+            model = model.to(device)
+    except OllmError:
+        raise
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ModelDirectoryError(f"transformers cannot load the weights in {path}: {error}") from error
     wrong = sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]]))
@@ -65,7 +89,17 @@ def load_model(path: Path, *, device: torch.device, dtype: torch.dtype | None) -
             f"The checkpoint in {path} lacks {len(wrong)} of the model's weights, or has them in another shape: "
             f"{', '.join(wrong[:4])}{' …' if len(wrong) > 4 else ''}. Download it again."
         )
-    return model.to(device).eval()
+    return model.eval(), streamer
+
+
+def _check_fits(path: Path, reason: Exception) -> None:
+    needed = sum(file.stat().st_size for file in path.glob("*.safetensors"))
+    free = ledger.measure(torch.device("cpu")).host_free
+    if needed > free:
+        raise MemoryLimitError(
+            f"The weights in {path} need {format_size(needed)} of memory, of which {format_size(free)} are free, and "
+            f"they cannot be streamed: {reason}."
+        )
 
 
 def apply_adapter(model: Any, adapter_dir: Path) -> Any:

@@ -15,7 +15,7 @@ import attrs
 import torch
 from transformers import Cache, DynamicCache
 
-from ollm.errors import BlockModeError
+from ollm.errors import BlockModeError, WeightsError
 from ollm.seam import attention
 from ollm.seam.cache import KVCache
 from ollm.seam.geometry import decoder_config
@@ -101,6 +101,8 @@ def _probe(model: Any, make_cache: Callable[[], KVCache], layers: Sequence[Any])
                     blocks = _run(model, cache)
             finally:
                 undo()
+    except WeightsError:  # says nothing of the model
+        raise
     except BlockModeError as error:
         return str(error)
     except Exception as error:  # third-party modelling code may fail in any way; the reason is kept and shown

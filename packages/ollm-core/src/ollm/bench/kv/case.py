@@ -1,43 +1,32 @@
-"""One case in its own process: `python -m ollm.bench.case`, request as JSON on stdin, result as JSON on stdout.
-
-Progress goes to stderr in lines that begin with `PROGRESS`. Nothing is imported before the request has come, so that
-whoever started this process can first put it where its memory is limited.
-"""
+"""One case of `ollm bench kv`: `python -m ollm.bench.kv.case`, the other end of `ollm.bench.process`."""
 
 from __future__ import annotations
 
-import json
-import sys
 import time
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
-PROGRESS = "@progress "
+from ollm.bench.process import answer, say, timed
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from pathlib import Path
 
+    from ollm.bench.kv.records import Measured, Request
     from ollm.bench.memory import PeakMemory
     from ollm.bench.rates import RawDisk
-    from ollm.bench.records import Measured, Request
-
-
-def say(what: str) -> None:
-    """Tell whoever started this process what it does now."""
-    print(f"{PROGRESS}{what}", file=sys.stderr, flush=True)
 
 
 def run(request: Request) -> Measured:
     """Measure what the request asks for."""
     from pathlib import Path
 
+    from ollm.bench.kv.plan import sample_bytes
     from ollm.bench.rates import RawDisk
 
     if request.case.kind in ("static", "dynamic"):
         return _without_gradients(lambda: _in_memory(request))
     say("writing a file to measure the disk with")
-    with RawDisk(Path(request.folder), request.sample_bytes) as disk:
+    with RawDisk(Path(request.folder), sample_bytes(request.geometry, request.case.tokens)) as disk:
         if request.case.kind == "disk":
             return _disk_alone(disk)
         return _without_gradients(lambda: _on_disk(request, disk))
@@ -51,7 +40,7 @@ def _without_gradients(measure: Callable[[], Measured]) -> Measured:
 
 
 def _disk_alone(disk: RawDisk) -> Measured:
-    from ollm.bench.records import Measured
+    from ollm.bench.kv.records import Measured
 
     say("reading it")
     disk.read_all()
@@ -61,9 +50,9 @@ def _disk_alone(disk: RawDisk) -> Measured:
 def _in_memory(request: Request) -> Measured:
     from transformers import DynamicCache, StaticCache
 
-    from ollm.bench.models import decode_one, fill_by_layers, random_keys_and_values
-    from ollm.bench.plan import WARM_UP_STEPS, cache_tokens
-    from ollm.bench.records import Measured
+    from ollm.bench.contexts import decode_one, fill_by_layers, random_keys_and_values
+    from ollm.bench.kv.plan import WARM_UP_STEPS, cache_tokens
+    from ollm.bench.kv.records import Measured
 
     model, memory = _load(request)
     tokens = request.case.tokens
@@ -84,7 +73,7 @@ def _in_memory(request: Request) -> Measured:
     for step in range(WARM_UP_STEPS + request.steps):
         say(f"decoding, step {step + 1} of {WARM_UP_STEPS + request.steps}")
         with memory.window(decode_peaks):
-            seconds.append(_timed(lambda: decode_one(model, cache)))
+            seconds.append(timed(lambda: decode_one(model, cache)))
     return Measured(
         step_seconds=seconds[WARM_UP_STEPS:],
         fill_seconds=fill_seconds,
@@ -96,10 +85,11 @@ def _in_memory(request: Request) -> Measured:
 
 def _on_disk(request: Request, disk: RawDisk) -> Measured:
     from ollm import disk_cache
+    from ollm.bench.contexts import decode_one
+    from ollm.bench.kv.plan import WARM_UP_STEPS
+    from ollm.bench.kv.records import Measured
     from ollm.bench.limits import drop_page_cache
-    from ollm.bench.models import decode_one
-    from ollm.bench.plan import WARM_UP_STEPS
-    from ollm.bench.records import Measured
+    from ollm.bench.rates import BLOCK
 
     model, memory = _load(request)
     decode_peaks: list[int] = []
@@ -122,7 +112,8 @@ def _on_disk(request: Request, disk: RawDisk) -> Measured:
                 decode_one(model, cache, request.case.forks)
         state = cache.state()
         cold = max(state.disk_bytes - state.resident_bytes, 0)
-        files = sorted(state.directory.glob("segment-*")) if state.directory is not None else []
+        segments = sorted(state.directory.glob("segment-*")) if state.directory is not None else []
+        files = [path for path in segments if path.stat().st_size >= BLOCK]  # less says nothing of a disk
 
         def read_raw() -> None:
             """What a step reads, as raw as can be: the disk drifts from minute to minute."""
@@ -137,7 +128,7 @@ def _on_disk(request: Request, disk: RawDisk) -> Measured:
             if not state.unbuffered:
                 not_dropped = drop_page_cache()
             with memory.window(decode_peaks):
-                seconds.append(_timed(lambda: decode_one(model, cache, request.case.forks)))
+                seconds.append(timed(lambda: decode_one(model, cache, request.case.forks)))
             read_raw()
         state = cache.state()
         if not disk.rates.reads:
@@ -159,38 +150,28 @@ def _on_disk(request: Request, disk: RawDisk) -> Measured:
 
 def _fill(request: Request, model: Any, cache: Any, memory: PeakMemory) -> tuple[float, int]:
     """Seconds, and the peak of memory without the keys and values that are given."""
-    from ollm.bench.models import fill_by_pieces, piece_tokens, random_keys_and_values
+    from ollm.bench.contexts import fill_by_pieces, piece_tokens, random_keys_and_values, wait_for_disk
 
     tokens = request.case.tokens
-    keys, values = random_keys_and_values(model, min(piece_tokens(request.geometry), tokens))
+    keys, values = random_keys_and_values(model, min(piece_tokens(request.geometry.layer_bytes(1)), tokens))
     peaks: list[int] = []
     with memory.window(peaks):
         began = time.perf_counter()
         fill_by_pieces(cache, model, keys, values, tokens, _filling)
-        # writes that wait in the kernel's cache would be faster than any disk, and slow the reads that come next
         directory = cache.state().directory
         if directory is not None:
-            _wait_for_disk(directory)
+            wait_for_disk(directory)
         seconds = time.perf_counter() - began
     return seconds, max(peaks[0] - keys.nbytes - values.nbytes, 0)
-
-
-def _wait_for_disk(directory: Path) -> None:
-    import os
-
-    for path in directory.rglob("*"):
-        if path.is_file():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
 
 
 def _load(request: Request) -> tuple[Any, PeakMemory]:
     """The model after a tiny forward, so that what it allocates once is not counted as the cache's."""
     import torch
 
+    from ollm.bench.kv.models import make_model
+    from ollm.bench.kv.plan import cache_tokens
     from ollm.bench.memory import PeakMemory
-    from ollm.bench.models import make_model
-    from ollm.bench.plan import cache_tokens
 
     say("loading the model")
     model = make_model(request.geometry, cache_tokens(request.case.tokens, request.steps))
@@ -202,20 +183,11 @@ def _filling(share: float) -> None:
     say(f"filling {share:.0%}")
 
 
-def _timed(action: Callable[[], None]) -> float:
-    began = time.perf_counter()
-    action()
-    return time.perf_counter() - began
+def _request_type() -> type[Request]:
+    from ollm.bench.kv.records import Request
 
-
-def main() -> None:
-    text = sys.stdin.read()
-    import cattrs
-
-    from ollm.bench.records import Request
-
-    print(json.dumps(cattrs.unstructure(run(cattrs.structure(json.loads(text), Request)))))
+    return Request
 
 
 if __name__ == "__main__":
-    main()
+    answer(_request_type, run)

@@ -4,29 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
 
-import attrs
-
-from ollm.bench.records import Case, Geometry
+from ollm.bench.kv.records import Case, Geometry, Measured
+from ollm.bench.run import LEAST_FREE_DISK, PROCESS_BYTES, Benchmark, Free
 
 STRATEGY_BYTES = 300 * 10**6
 """What a strategy may take beside what it keeps resident, and so what is set aside for it."""
-PROCESS_BYTES = 250 * 10**6
-"""What Python with torch and transformers takes before there is a model."""
-LEAST_FREE_DISK = 256 * 2**20
-"""Stores leave this much free and refuse to write otherwise."""
 SLACK_TOKENS = 64
 """Room in a cache beyond the tokens that it is filled with and those that are decoded."""
 WARM_UP_STEPS = 2
 
 _LEAST_SAMPLE, _MOST_SAMPLE = 64 * 2**20, 2**30
-
-
-@attrs.frozen(kw_only=True)
-class Free:
-    """What is free before a case starts, in bytes."""
-
-    memory: int
-    disk: int
 
 
 def plan_cases(
@@ -90,11 +77,7 @@ def sample_bytes(geometry: Geometry, tokens: int) -> int:
 
 def why_refused(case: Case, geometry: Geometry, free: Free) -> str:
     """Why a case cannot fit; empty if it can."""
-    memory, disk = memory_needed(case, geometry), disk_needed(case, geometry)
-    for what, needs, has in (("memory", memory, free.memory), ("disk", disk, free.disk)):
-        if needs > has:
-            return f"needs {needs / 1e6:,.0f} MB of {what}, {has / 1e6:,.0f} MB free"
-    return ""
+    return free.why_refused(memory_needed(case, geometry), disk_needed(case, geometry))
 
 
 def memory_needed(case: Case, geometry: Geometry) -> int:
@@ -115,3 +98,6 @@ def disk_needed(case: Case, geometry: Geometry) -> int:
         return 0
     cache = geometry.kv_bytes(case.tokens) if case.kind == "strategy" else 0
     return sample_bytes(geometry, case.tokens) * 5 // 4 + cache + LEAST_FREE_DISK
+
+
+BENCHMARK = Benchmark(module="ollm.bench.kv.case", measured=Measured, why_refused=why_refused)

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 
 import attrs
 
-from ollm.bench.plan import STRATEGY_BYTES
-from ollm.bench.records import Geometry, Measured, Outcome, Verdict
+from ollm.bench.kv.plan import STRATEGY_BYTES
+from ollm.bench.kv.records import Geometry, Measured, Outcome
+from ollm.bench.records import Verdict, at_most
 
 _MOST_TIMES = 1.15
 _MOST_OF_DYNAMIC = 0.8
@@ -61,7 +62,7 @@ def _verdicts(
     if outcome.case.forks > 1:
         alone = [other.measured for other in outcomes if other.case == attrs.evolve(outcome.case, forks=1)]
         return [
-            _most("forks", "seconds, of a step of one", measured.seconds / one.seconds, _MOST_OF_ONE)
+            at_most("forks", "seconds, of a step of one", measured.seconds / one.seconds, _MOST_OF_ONE)
             for one in alone
             if one is not None
         ]
@@ -70,12 +71,12 @@ def _verdicts(
     if residency == "nothing":
         found.append(_times("P1", "seconds, of what is possible", measured, static, everything))
         if dynamic is not None and measured.rates.read >= _FAST_DISK:
-            found.append(_most("P1", "seconds, of DynamicCache's", measured.seconds / dynamic, _MOST_OF_DYNAMIC))
-        found.append(_most("P2", "memory above the model", measured.peak / 1e6, STRATEGY_BYTES / 1e6, "MB"))
+            found.append(at_most("P1", "seconds, of DynamicCache's", measured.seconds / dynamic, _MOST_OF_DYNAMIC))
+        found.append(at_most("P2", "memory above the model", measured.peak / 1e6, STRATEGY_BYTES / 1e6, "MB"))
         if limited:
             found.append(_times("P5", "seconds inside the limit, of reading raw", measured, None, everything))
     if residency == "everything" and static is not None and everything >= _MOST_OF_EXACT * exact:
-        found.append(_most("P3", "seconds, of StaticCache's", measured.seconds / static, _MOST_TIMES))
+        found.append(at_most("P3", "seconds, of StaticCache's", measured.seconds / static, _MOST_TIMES))
     if residency == "half":
         found.append(_times("P4", "seconds, of what is possible", measured, static, everything // 2))
     # where a part stays resident, filling also copies that: more work than appending
@@ -108,19 +109,15 @@ def _of_fewer_bytes(outcome: Outcome, measured: Measured, outcomes: Sequence[Out
         return []
     possible = max(measured.stored_bytes / measured.rates.read, *resident)
     return [
-        _most("P7", "bytes, of the exact ones", share, _MOST_OF_BYTES),
-        _most("P7", "seconds, of reading raw or of its own all resident", measured.seconds / possible, _MOST_TIMES),
+        at_most("P7", "bytes, of the exact ones", share, _MOST_OF_BYTES),
+        at_most("P7", "seconds, of reading raw or of its own all resident", measured.seconds / possible, _MOST_TIMES),
     ]
 
 
 def _times(bar: str, what: str, measured: Measured, static: float | None, needed: int) -> Verdict:
     """Bytes that a strategy reads beyond those that it needs to are no excuse for being slow."""
     achievable = _achievable(measured, static, min(measured.bytes_per_step, needed))
-    return _most(bar, what, measured.seconds / achievable if achievable else float("inf"), _MOST_TIMES)
-
-
-def _most(bar: str, what: str, value: float, limit: float, unit: str = "x") -> Verdict:
-    return Verdict(bar=bar, what=what, value=value, limit=limit, at_least=False, unit=unit, reached=value <= limit)
+    return at_most(bar, what, measured.seconds / achievable if achievable else float("inf"), _MOST_TIMES)
 
 
 def _achievable(measured: Measured, static: float | None, nbytes: int) -> float | None:

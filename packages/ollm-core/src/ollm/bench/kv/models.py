@@ -1,21 +1,19 @@
-"""The model that decodes, and filling its caches. Knows transformers; knows nothing of disks or measuring."""
+"""The model that decodes. Knows transformers; knows nothing of caches, disks or measuring."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from ollm.bench.records import DTYPE_BYTES, Geometry
+from ollm.bench.contexts import check_fillable
+from ollm.bench.kv.records import Geometry
+from ollm.bench.records import DTYPE_BYTES
 from ollm.errors import ConfigurationError
-from ollm.seam.geometry import STORED_LAYER_TYPE, decoder_config, kv_geometry, layer_types
+from ollm.seam.geometry import kv_geometry
 
-_PIECE_BYTES = 16 * 2**20
-_LEAST_PIECE, _MOST_PIECE = 1024, 4096
 _HIDDEN, _INTERMEDIATE, _VOCABULARY = 1024, 2816, 4096
 
 
@@ -41,12 +39,7 @@ def checkpoint_geometry(folder: Path, dtype: str | None) -> Geometry:
     except (OSError, ValueError) as error:
         raise ConfigurationError(f"--model {folder}: its config cannot be read: {error}") from error
     text = config.get_text_config(decoder=True)
-    kinds = {kind for kind, _ in layer_types(text)}
-    if kinds != {STORED_LAYER_TYPE}:
-        raise ConfigurationError(
-            f"--model {folder}: it has layers of type {', '.join(sorted(kinds))}, and only full attention can be "
-            "filled with random keys and values. Give a model whose layers all have full attention, such as a Llama."
-        )
+    check_fillable(text, folder)
     weights = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     if not weights:
         raise ConfigurationError(f"--model {folder}: it holds no *.safetensors. Give the folder of a whole checkpoint.")
@@ -81,42 +74,3 @@ def make_model(geometry: Geometry, tokens: int) -> Any:
         torch.nn.init.normal_(weight, std=0.02)
     model.model.rotary_emb = type(model.model.rotary_emb)(config)  # its frequencies are no parameters
     return model
-
-
-def decode_one(model: Any, cache: Any, rows: int = 1) -> None:
-    """One step of generation: a single token for each row, attending to all that the cache holds."""
-    mask = torch.ones(rows, int(cache.get_seq_length()) + 1, dtype=torch.long)
-    model(torch.full((rows, 1), 7), attention_mask=mask, past_key_values=cache)
-
-
-def piece_tokens(geometry: Geometry) -> int:
-    """How many tokens at a time a cache on disk is filled with: as prompts come, but of a bounded size."""
-    return max(_LEAST_PIECE, min(_MOST_PIECE, _PIECE_BYTES // geometry.layer_bytes(1)))
-
-
-def fill_by_pieces(
-    cache: Any, model: Any, keys: Tensor, values: Tensor, tokens: int, done: Callable[[float], None]
-) -> None:
-    """Give every layer a piece, then every layer the next one, as a prompt in chunks does."""
-    layers = decoder_config(model).num_hidden_layers
-    piece = keys.shape[2]
-    for start in range(0, tokens, piece):
-        count = min(piece, tokens - start)
-        for layer in range(layers):
-            cache.update(keys[:, :, :count], values[:, :, :count], layer)
-        done((start + count) / tokens)
-
-
-def fill_by_layers(cache: Any, model: Any, keys: Tensor, values: Tensor, done: Callable[[float], None]) -> None:
-    """Give every layer all of its tokens at once, so that no cache grows by copying itself."""
-    layers = decoder_config(model).num_hidden_layers
-    for layer in range(layers):
-        cache.update(keys, values, layer)
-        done((layer + 1) / layers)
-
-
-def random_keys_and_values(model: Any, tokens: int) -> Iterator[Tensor]:
-    """Keys, then values, of one layer."""
-    stored = kv_geometry(decoder_config(model), model.dtype).layers[0]
-    for size in (stored.key_size, stored.value_size):
-        yield torch.randn(1, stored.kv_heads, tokens, size, dtype=model.dtype)

@@ -1,0 +1,1 @@
+"""`ollm bench kv`: decoding with each KV strategy, and with transformers' caches in memory."""

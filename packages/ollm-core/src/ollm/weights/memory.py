@@ -1,0 +1,202 @@
+"""The memory of streamed weights: slots, resident layers, and what is claimed for them.
+
+Holds no module, so that it can be given back when the model that it served is collected.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import attrs
+import torch
+from torch import Tensor
+
+from ollm.errors import MemoryLimitError
+from ollm.io.buffers import aligned_buffer
+from ollm.io.scheduler import IOScheduler, scheduler_of
+from ollm.io.streams import CudaStreams
+from ollm.memory import Claim, ledger
+from ollm.units import format_size
+from ollm.weights.counters import WeightCounters
+from ollm.weights.layout import LayerLayout, Parameter
+from ollm.weights.lift import Lift
+from ollm.weights.ring import SLOTS, Ring
+
+HOST = torch.device("cpu")
+
+
+@attrs.define(eq=False)
+class Held:
+    """A resident layer."""
+
+    buffer: Tensor
+    claim: Claim
+
+    @property
+    def device(self) -> torch.device:
+        return self.buffer.device
+
+
+class WeightMemory:
+    """What one model's weights take on the host and on its device."""
+
+    def __init__(self, folder: Path, device: torch.device, layouts: list[LayerLayout], counters: WeightCounters):
+        self.device = device
+        self.held: dict[int, Held] = {}
+        self.ring: Ring | None = None
+        self.slots: list[Tensor] = []
+        self.lift: Lift | None = None
+        self._layouts = layouts
+        self._counters = counters
+        self._scheduler = scheduler_of(folder)
+        self._slots_claim: Claim | None = None
+
+    @property
+    def on_accelerator(self) -> bool:
+        return self.device.type != "cpu"
+
+    @property
+    def slot_bytes(self) -> int:
+        """Bytes of one slot: the largest layer."""
+        return max(layout.nbytes for layout in self._layouts)
+
+    def slots_missing(self, streamed: bool) -> int:
+        """Bytes that slots still need on the host."""
+        return SLOTS * self.slot_bytes if streamed and not self.slots else 0
+
+    def read(self, index: int, device: torch.device) -> Held:
+        """Bring a layer into memory of its own.
+
+        Raises:
+            MemoryLimitError: so much is not free.
+            WeightsError: it cannot be read.
+        """
+        layout = self._layouts[index]
+        claim = ledger.claim("Resident weights", layout.nbytes, device)
+        try:
+            buffer = _read(layout, self._scheduler, self._counters, pinned=self.on_accelerator)
+            held = Held(buffer if device == HOST else buffer.to(device), claim)
+            claim.used = held.buffer.numel()
+            return held
+        except BaseException:
+            claim.release()
+            raise
+
+    def fill(self, number: int, index: int) -> Tensor:
+        """Read a layer into a slot, when nothing else reads into slots. Returns the slot.
+
+        Raises:
+            WeightsError: it cannot be read.
+        """
+        _read_into(self.slots[number], self._layouts[index], self._scheduler, self._counters)
+        return self.slots[number]
+
+    def drop(self, index: int) -> None:
+        """Give a resident layer's memory back."""
+        self.held.pop(index).claim.release()
+
+    def stop(self) -> None:
+        """Read nothing more."""
+        if self.ring is not None:
+            self.ring.close()
+            self.ring = None
+
+    def start(self, streamed: list[int]) -> None:
+        """Be ready to read these layers, in this order; without any, give the slots back. Only when stopped.
+
+        Raises:
+            MemoryLimitError: the slots find no room.
+        """
+        if not streamed:
+            self._free_slots()
+        elif not self.slots:
+            claim = ledger.claim("Slots for streamed weights", SLOTS * self.slot_bytes, HOST)
+            self.slots = [_buffer(self.slot_bytes, pinned=self.on_accelerator) for _ in range(SLOTS)]
+            claim.used = SLOTS * self.slot_bytes
+            self._slots_claim = claim
+        if self.on_accelerator and self.lift is None and any(map(self._lifted, range(len(self._layouts)))):
+            self.lift = Lift(self.device, self.slot_bytes, CudaStreams(self.device))
+        if streamed:
+            reads = {index: self._layouts[index].reads for index in streamed}
+            self.ring = Ring(reads, self.slots, self._scheduler, self._counters)
+
+    def check_room(self, nbytes: int, device: torch.device, what: str) -> None:
+        """Check that so much is free.
+
+        Raises:
+            MemoryLimitError: names what is needed and what is free.
+        """
+        free = ledger.measure(device).device_free
+        if nbytes > free:
+            raise MemoryLimitError(
+                f"{what} need {format_size(nbytes)} of memory on {device.type}, of which {format_size(free)} are free. "
+                "Place fewer layers, close other programs or caches, or raise this process's memory limit."
+            )
+
+    def close(self) -> None:
+        """Give everything back, without waiting. May be called twice."""
+        if self.ring is not None:
+            self.ring.abandon()
+            self.ring = None
+        for index in list(self.held):
+            self.drop(index)
+        self._free_slots()
+        if self.lift is not None:
+            self.lift.close()
+            self.lift = None
+        if self._scheduler is not None:
+            self._scheduler.release()
+            self._scheduler = None  # type: ignore[assignment]
+
+    def _lifted(self, index: int) -> bool:
+        """Whether a layer is copied to the accelerator each time."""
+        return index not in self.held or self.held[index].device != self.device
+
+    def _free_slots(self) -> None:
+        self.slots = []
+        if self._slots_claim is not None:
+            self._slots_claim.release()
+            self._slots_claim = None
+
+
+def read_apart(parameters: Sequence[Parameter], device: torch.device) -> Iterator[tuple[Parameter, Tensor]]:
+    """Parameters that belong to no layer, each in memory of its own on `device`.
+
+    Raises:
+        MemoryLimitError: they do not fit; none is read.
+        WeightsError: names the tensor and the file that cannot be read.
+    """
+    layouts = [LayerLayout([parameter]) for parameter in parameters]
+    if not layouts:
+        return
+    claim = ledger.claim("Embeddings and what else is in no layer", sum(layout.nbytes for layout in layouts), device)
+    scheduler = scheduler_of(parameters[0].sources[0].stored.file.path.parent)
+    try:
+        for layout in layouts:
+            buffer = _read(layout, scheduler, WeightCounters(), pinned=False)
+            claim.used += layout.nbytes
+            yield layout.parameters[0], layout.views(buffer)[0].to(device)
+    finally:
+        scheduler.release()
+        claim.release()
+
+
+def _read(layout: LayerLayout, scheduler: IOScheduler, counters: WeightCounters, *, pinned: bool) -> Tensor:
+    """A new buffer with everything in it that a layout describes."""
+    buffer = _buffer(layout.nbytes, pinned=pinned)
+    _read_into(buffer, layout, scheduler, counters)
+    return buffer
+
+
+def _read_into(buffer: Tensor, layout: LayerLayout, scheduler: IOScheduler, counters: WeightCounters) -> None:
+    ring = Ring({0: layout.reads}, [buffer], scheduler, counters)
+    try:
+        ring.take(0)
+    finally:
+        ring.close()
+
+
+def _buffer(nbytes: int, *, pinned: bool) -> Tensor:
+    with torch.inference_mode(False):  # what is made in it can be written to in it only, and workers are not
+        return aligned_buffer(nbytes, pinned=pinned)

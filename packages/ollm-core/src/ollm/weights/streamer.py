@@ -1,0 +1,283 @@
+"""`WeightStreamer`: gives each decoder layer of a model its weights when a forward pass enters it.
+
+A layer is on disk, in host memory, or on the model's device. Hooks on the layers bind what is needed; the forward of
+the module that holds them is wrapped, so that one forward runs at a time. `remove` undoes both; nothing else of the
+model or of torch is changed. Knows modules, layouts and memory; not transformers, not who chooses the layers.
+"""
+
+from __future__ import annotations
+
+import enum
+import functools
+import os
+import threading
+import weakref
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ollm.errors import WeightsError
+from ollm.weights.binding import Binding, LayerWeights, on_meta
+from ollm.weights.checkpoint import Checkpoint
+from ollm.weights.counters import WeightCounters
+from ollm.weights.memory import HOST, Held, WeightMemory
+
+
+class Tier(enum.Enum):
+    """Where a layer's weights stay between forward passes."""
+
+    DISK = "disk"
+    """Nowhere: they are read each time."""
+    HOST = "host"
+    DEVICE = "device"
+    """The model's own; on a CPU it is the same as `HOST`."""
+
+
+class WeightStreamer:
+    """The decoder layers of one model. All of them are on disk until `place` is called."""
+
+    def __init__(
+        self,
+        decoder: nn.Module,
+        layers: Sequence[LayerWeights],
+        checkpoint: Checkpoint,
+        device: torch.device,
+        folder: Path,
+    ) -> None:
+        """Hook the layers and wrap the decoder's forward; reads nothing.
+
+        Args:
+            decoder: the module whose forward calls the layers.
+            layers: all of them, in order.
+            checkpoint: where their weights are.
+            device: where the model computes.
+            folder: on the disk of the checkpoint.
+        """
+        self.counters = WeightCounters()
+        self.tiers: list[Tier] = [Tier.DISK] * len(layers)
+        """Where each layer is; changed by `place` alone."""
+        self.before_first: Callable[[], None] | None = None
+        """Called once, by the first forward pass that finds no placement chosen."""
+        self._decoder = decoder
+        self._checkpoint = checkpoint
+        self._process = os.getpid()
+        self._lock = threading.RLock()
+        self._bindings = [Binding(layer, device) for layer in layers]
+        self._memory = WeightMemory(folder, device, [binding.layout for binding in self._bindings], self.counters)
+        self._finalizer = weakref.finalize(self, self._memory.close)
+        self._inside: tuple[int, int | None] | None = None  # the layer that computes, and its device buffer
+        self._stand_ins: dict[Hashable, tuple[Binding, Tensor]] | None = None
+        self._original = vars(decoder).get("forward")
+        self._forward = self._wrap(decoder.forward)
+        decoder.forward = self._forward
+        self._hooks = [
+            layer.module.register_forward_pre_hook(functools.partial(self._enter, index))
+            for index, layer in enumerate(layers)
+        ]
+        # whoever saves the model wants what it really has
+        self._hooks.append(decoder.register_state_dict_pre_hook(self._decide))
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model computes."""
+        return self._memory.device
+
+    @property
+    def layer_bytes(self) -> list[int]:
+        """Bytes of each layer's weights in memory."""
+        return [binding.layout.weight_bytes for binding in self._bindings]
+
+    @property
+    def streamed_bytes(self) -> int:
+        """Bytes of weights that one forward pass reads."""
+        return sum(self._bindings[index].layout.stored_bytes for index in self._streamed())
+
+    @property
+    def slot_bytes(self) -> int:
+        """Bytes of one slot."""
+        return self._memory.slot_bytes
+
+    def place(self, tiers: Sequence[Tier]) -> None:
+        """Choose for every layer where it stays. Waits for a forward pass that is running in another thread.
+
+        Raises:
+            MemoryLimitError: it does not fit; nothing was changed.
+            WeightsError: a layer cannot be read. What was to be kept is kept, all other layers are on disk.
+        """
+        with self._lock, torch.inference_mode(False):
+            self._leave()
+            memory = self._memory
+            wanted = {index: self._home(tier) for index, tier in enumerate(tiers) if tier is not Tier.DISK}
+            going = [index for index, held in memory.held.items() if wanted.get(index) != held.device]
+            coming = [index for index in wanted if index not in memory.held or index in going]
+            self._check_room(coming, going, wanted, streamed=len(wanted) < len(tiers))
+            self._checkpoint.check_identity()
+            self.before_first = None
+            for index in going:
+                self._drop(index)
+            arrived: dict[int, Held] = {}
+            memory.stop()
+            try:
+                for index in coming:
+                    arrived[index] = memory.read(index, wanted[index])
+                memory.held.update(arrived)
+            except BaseException:
+                for held in arrived.values():
+                    held.claim.release()
+                raise
+            finally:
+                self._settle()
+
+    def remove(self) -> None:
+        """Take everything off the model, whose decoder layers are left without weights. May be called twice."""
+        with self._lock:
+            self._leave()
+            for hook in self._hooks:
+                hook.remove()
+            if vars(self._decoder).get("forward") is self._forward:
+                if self._original is None:
+                    del self._decoder.forward
+                else:
+                    self._decoder.forward = self._original
+            for index in list(self._memory.held):
+                self._drop(index)
+            self._memory.stop()
+            self._finalizer()
+
+    @contextmanager
+    def standing_in(self) -> Iterator[None]:
+        """Meanwhile, one streamed layer of each kind stands in for all of its kind, so that a forward pass reads next
+        to nothing: for trials that compare two ways through the model, whatever its weights. Other threads wait."""
+        with self._lock:
+            self._leave()
+            self._memory.stop()
+            self._memory.start(self._streamed())
+            self._stand_ins = {}
+            try:
+                yield
+            finally:
+                self._leave()
+                self._stand_ins = None
+
+    def _home(self, tier: Tier) -> torch.device:
+        return self.device if tier is Tier.DEVICE else HOST
+
+    def _streamed(self) -> list[int]:
+        return [index for index, tier in enumerate(self.tiers) if tier is Tier.DISK]
+
+    def _bound_for_good(self, index: int) -> bool:
+        held = self._memory.held.get(index)
+        return held is not None and held.device == self.device
+
+    def _check_room(self, coming: list[int], going: list[int], wanted: dict[int, torch.device], streamed: bool) -> None:
+        sizes = [binding.layout.nbytes for binding in self._bindings]
+        for device in {HOST, self.device}:
+            needed = sum(sizes[index] for index in coming if wanted[index] == device)
+            if device == HOST:
+                needed += self._memory.slots_missing(streamed)
+            freed = sum(sizes[index] for index in going if self._memory.held[index].device == device)
+            if needed > freed:
+                self._memory.check_room(
+                    needed - freed, device, f"{len(wanted)} resident layers, and slots to read into,"
+                )
+
+    def _drop(self, index: int) -> None:
+        self._bindings[index].unbind()
+        self._bindings[index].forget()
+        self._memory.drop(index)
+
+    def _settle(self) -> None:
+        """Make tiers, bindings and ring agree with what is held."""
+        held = self._memory.held
+        self.tiers = [Tier.DISK] * len(self._bindings)
+        for binding in self._bindings:
+            binding.hide(on_meta)
+        for index, layer in held.items():
+            self.tiers[index] = Tier.DEVICE if layer.device == self.device else Tier.HOST
+            if self._bound_for_good(index):
+                self._bindings[index].bind(layer.buffer)
+        if not self._streamed():
+            for index, binding in enumerate(self._bindings):
+                if not self._bound_for_good(index):
+                    binding.forget()
+        self._memory.start(self._streamed())
+
+    def _wrap(self, forward: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(forward)
+        def one_at_a_time(*args: Any, **kwargs: Any) -> Any:
+            with self._lock:
+                self._begin()
+                try:
+                    return forward(*args, **kwargs)
+                finally:
+                    self._leave()
+
+        return one_at_a_time
+
+    def _begin(self) -> None:
+        """Check what may have changed since the last forward pass."""
+        if os.getpid() != self._process:
+            raise WeightsError("A model whose weights are streamed was used in a forked process: load it there.")
+        self._decide()
+        if torch.is_grad_enabled() and any(weight.requires_grad for weight in self._decoder.parameters()):
+            raise WeightsError(
+                "Streamed weights are gone by the time a gradient needs them. Run the model under torch.no_grad(), or "
+                "load it with transformers to train it."
+            )
+        self._checkpoint.check_identity()
+
+    def _decide(self, *_: Any) -> None:
+        """Have a placement chosen, if none was."""
+        if self.before_first is not None:
+            decide, self.before_first = self.before_first, None
+            decide()
+
+    def _enter(self, index: int, module: nn.Module, args: Any) -> None:
+        """A forward pass has come to a layer: give it its weights, and take those of the layer before."""
+        self._leave()
+        self.counters.layers_entered += 1
+        if self._bound_for_good(index):
+            return
+        memory = self._memory
+        owner, buffer = self._in_host_memory(index)
+        number = None
+        if memory.lift is not None:
+            number, copied = memory.lift.copy(buffer[: owner.layout.nbytes])
+            buffer = memory.lift.buffers[number]
+            if memory.ring is not None:
+                memory.ring.release(copied)
+        self._bindings[index].bind(buffer, owner)
+        self._inside = index, number
+
+    def _in_host_memory(self, index: int) -> tuple[Binding, Tensor]:
+        """A buffer that holds the layer, and the layer whose weights they really are."""
+        memory, binding = self._memory, self._bindings[index]
+        if self.tiers[index] is not Tier.DISK:
+            return binding, memory.held[index].buffer
+        if self._stand_ins is not None:
+            if binding.kind not in self._stand_ins:
+                number = len(self._stand_ins) % len(memory.slots)
+                if number == 0:  # more kinds than slots
+                    self._stand_ins.clear()
+                self._stand_ins[binding.kind] = binding, memory.fill(number, index)
+            return self._stand_ins[binding.kind]
+        if memory.ring is None:
+            memory.start(self._streamed())
+        assert memory.ring is not None
+        self.counters.layers_streamed += 1
+        return binding, memory.slots[memory.ring.take(index)]
+
+    def _leave(self) -> None:
+        """Take the weights of the layer that computed last, so that its slot is read into again."""
+        if self._inside is None:
+            return
+        (index, number), self._inside = self._inside, None
+        self._bindings[index].unbind()
+        if number is not None and self._memory.lift is not None:
+            self._memory.lift.leave(number)
+        elif self._memory.ring is not None:
+            self._memory.ring.release()
