@@ -12,8 +12,6 @@ from ollm.seam.prefill import activation_bytes
 
 _HIDDEN_COPIES = 3
 """Of the whole prompt's hidden states: what goes into a layer, what came out of it in pieces, and these joined."""
-_BUFFERS = 16 * 2**20
-"""Which the store writes from."""
 _FEWEST_TOKENS = 256
 _SHARE = 2
 """A prompt may take one part in so many of what is free; the rest is for keys and values that stay in memory."""
@@ -29,12 +27,12 @@ def prefill_bytes(config: Any, dtype: Any, tokens: int, rows: int | None) -> int
         rows: how many tokens a layer takes at once (`KVCache.piece_rows`); `None` for all of them.
     """
     piece = min(tokens, rows or tokens) * activation_bytes(config, dtype.itemsize)
-    return tokens * _bytes_per_token(config, dtype) + piece + _BUFFERS
+    return tokens * _bytes_per_token(config, dtype) + piece
 
 
 def longest_prompt(config: Any, dtype: Any, rows: int | None, free_bytes: int) -> int:
     """How many tokens may go through in one forward pass, given what is free."""
-    budget = max(free_bytes // _SHARE - _BUFFERS, 0)
+    budget = free_bytes // _SHARE
     per_token = _bytes_per_token(config, dtype)
     activations = activation_bytes(config, dtype.itemsize)
     if rows is None or budget < rows * (per_token + activations):

@@ -79,7 +79,7 @@ class WeightStreamer:
             for index, layer in enumerate(layers)
         ]
         # whoever saves the model wants what it really has
-        self._hooks.append(decoder.register_state_dict_pre_hook(self._decide))
+        self._hooks.append(decoder.register_state_dict_pre_hook(self._decide))  # type: ignore[no-untyped-call]
 
     @property
     def device(self) -> torch.device:
