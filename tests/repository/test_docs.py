@@ -11,6 +11,7 @@ import html
 import importlib
 import inspect
 import logging
+import os
 import re
 import subprocess
 import sys
@@ -66,6 +67,7 @@ def mentions(text, name):
 def clean_process(monkeypatch, docs_folder):
     """What a page puts on the path, imports, registers or switches on is gone afterwards."""
     monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setenv("PYTHONPATH", os.environ.get("PYTHONPATH", ""))
     level = logging.getLogger("ollm").level
     registry.cache_clear()
     yield
@@ -87,6 +89,7 @@ def install(folder):
         lines += [f"[{group}]", *(f"{name} = {value}" for name, value in points.items())]
     (info / "entry_points.txt").write_text("\n".join(lines) + "\n")
     sys.path.insert(0, str(folder / "src"))
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(folder / "src"), os.environ.get("PYTHONPATH", "")])
     importlib.invalidate_caches()
     registry.cache_clear()
 
@@ -108,6 +111,16 @@ def test_the_code_of_a_page_runs(page, docs_folder, clean_process):
     reports = {report.name: str(report) for report in registry().reports if report.status.value == "broken"}
     assert not reports
     assert sorted(path.name for path in docs_folder.rglob("run-*")) == [], "a cache was left open"
+
+
+def test_the_tutorial_builds_the_example():
+    """File by file; but for the licence."""
+    example = ROOT / "examples" / "ollm-kv-sqlite"
+    built = {block.file: block.code for block in blocks(DOCS / "tutorial" / "write-a-kv-store.md") if block.file}
+    present = (path for path in example.rglob("*") if path.is_file() and path.suffix in (".py", ".toml", ".md"))
+    assert {str(path.relative_to(example)) for path in present} == set(built)
+    for name, code in built.items():
+        assert (example / name).read_text(encoding="utf-8") == code, name
 
 
 def test_there_is_code_to_run():

@@ -38,9 +38,10 @@ def check_wheel(project: Path, target: Path, distribution: str, module: str) -> 
     assert not top & _NOT_IN_A_WHEEL, "what would be installed for everybody beside the plugin"
     assert not top & {"ollm"}, "the module ollm is ollm-core's"
     assert not [name for name in names if name.endswith((".pyc", ".so.lock")) or "__pycache__" in name]
-    needs = {need.name: need for need in map(Requirement, metadata.get_all("Requires-Dist") or [])}
-    assert "ollm-core" in needs, "it must require ollm-core"
-    bounds = {specifier.operator for specifier in needs["ollm-core"].specifier}
+    needs = [Requirement(text) for text in metadata.get_all("Requires-Dist") or []]
+    cores = [need for need in needs if need.name == "ollm-core" and "extra" not in str(need.marker)]
+    assert cores, "it must require ollm-core"
+    bounds = {specifier.operator for need in cores for specifier in need.specifier}
     assert bounds & {"<", "<=", "==", "~="}, "ollm-core needs an upper bound, such as ollm-core>=0.1,<0.2"
     assert metadata["Requires-Python"], "requires-python"
     assert metadata["Summary"], "a description"
