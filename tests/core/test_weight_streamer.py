@@ -78,7 +78,7 @@ PLACEMENTS = [(), (0,), (5,), (0, 1, 2), (1, 3, 5), (0, 1, 2, 3, 4), tuple(range
 @pytest.mark.parametrize("resident", PLACEMENTS)
 def test_every_placement_gives_the_same_outputs(streamed, truth, resident, inference):
     decoder, streamer = streamed
-    with torch.inference_mode(inference):
+    with torch.inference_mode() if inference else torch.no_grad():
         streamer.place(tiers(*resident))
         for _ in range(3):
             assert torch.equal(decoder(X), truth(X))
@@ -200,6 +200,7 @@ def test_two_threads_take_turns(streamed, truth):
 
     decoder.between = between
 
+    @torch.no_grad()  # is each thread's own
     def run():
         for _ in range(10):
             if not torch.equal(decoder(X), expected):
@@ -214,13 +215,26 @@ def test_two_threads_take_turns(streamed, truth):
     assert max(most) == 1
 
 
-def test_gradients_are_refused(streamed):
-    decoder, _ = streamed
-    decoder.adapter = nn.Parameter(torch.ones(1))
-    with pytest.raises(WeightsError, match=r"no_grad"):
+def test_gradients_are_refused_unless_all_weights_stay(streamed, truth):
+    decoder, streamer = streamed
+    with torch.enable_grad(), pytest.raises(WeightsError, match=r"no_grad"):
         decoder(X)
+    streamer.place(tiers(*range(LAYERS)))
+    with torch.enable_grad():
+        decoder(X).sum().backward()
+        truth.requires_grad_(True)(X).sum().backward()
+    assert torch.equal(decoder.layers[0].weight.grad, truth.layers[0].weight.grad)
+    for layer in decoder.layers:
+        layer.requires_grad_(False)
+    streamer.place(tiers())
+    with torch.enable_grad():
+        assert not decoder(X).requires_grad
+
+
+@pytest.fixture(autouse=True)
+def no_gradients():
     with torch.no_grad():
-        decoder(X)
+        yield
 
 
 def test_nothing_grows_over_many_forwards(streamed):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
@@ -37,13 +35,11 @@ def longer(family, layers=8, **changes):
     return model
 
 
+@torch.inference_mode(False)  # as users load models: what is loaded in it takes other kernels
 def load(folder, **settings):
     return AutoInference(folder, device="cpu", **{"logging": False, **settings})
 
 
+@torch.inference_mode(False)
 def stock(folder, **settings):
     return AutoModelForCausalLM.from_pretrained(folder, **settings).eval()
-
-
-def copy(folder, target):
-    return shutil.copytree(folder, target)
