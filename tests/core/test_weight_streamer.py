@@ -2,73 +2,43 @@
 
 from __future__ import annotations
 
-import errno
 import gc
 import threading
 import weakref
 
 import pytest
 import torch
-from torch import nn
 
 from core.fake_streams import FakeStreams
-from core.faults import FAULTS, FaultyDisk, fails
-from core.weight_files import write_shard
-from ollm.errors import MemoryLimitError, WeightsError
+from core.streamed_decoder import CPU, LAYERS, Decoder, X, make_streamed, make_truth, tiers
+from ollm.errors import WeightsError
+from ollm.io.buffers import aligned_buffer
 from ollm.io.scheduler import _schedulers
 from ollm.memory import ledger
-from ollm.storage import shim
 from ollm.weights import memory as weight_memory
 from ollm.weights.binding import LayerWeights
-from ollm.weights.checkpoint import SINGLE, Checkpoint
+from ollm.weights.checkpoint import Checkpoint
 from ollm.weights.layout import Parameter, Source
 from ollm.weights.lift import Lift
-from ollm.weights.streamer import Tier, WeightStreamer
-
-CPU = torch.device("cpu")
-LAYERS, SIZE = 6, 40
-X = torch.randn(3, SIZE, generator=torch.Generator().manual_seed(1))
-
-
-class Decoder(nn.Module):
-    """Layers one after the other; `between` is called before each."""
-
-    def __init__(self):
-        super().__init__()
-        self.layers = nn.ModuleList(nn.Linear(SIZE, SIZE) for _ in range(LAYERS))
-        self.between = lambda index: None
-
-    def forward(self, x, only=range(LAYERS)):
-        for index in only:
-            self.between(index)
-            x = self.layers[index](x).tanh()
-        return x
+from ollm.weights.streamer import WeightStreamer
 
 
 @pytest.fixture
 def truth():
-    torch.manual_seed(0)
-    return Decoder().requires_grad_(False)
+    return make_truth()
 
 
 @pytest.fixture
 def streamed(tmp_path, truth):
-    """A decoder without weights, and its streamer."""
-    write_shard(tmp_path / SINGLE, truth.state_dict())
-    decoder = Decoder()
-    checkpoint = Checkpoint.open(tmp_path)
-    layers = []
-    for index, layer in enumerate(decoder.layers):
-        stored = [checkpoint.tensors[f"layers.{index}.{name}"] for name in ("weight", "bias")]
-        parameters = tuple(Parameter(one.name, one.dtype, one.shape, (Source(one),)) for one in stored)
-        layers.append(LayerWeights(layer, parameters, (((layer, "weight"),), ((layer, "bias"),))))
-    streamer = WeightStreamer(decoder, layers, checkpoint, CPU, tmp_path)
+    decoder, streamer = make_streamed(tmp_path, truth)
     yield decoder, streamer
     streamer.remove()
 
 
-def tiers(*resident):
-    return [Tier.DEVICE if index in resident else Tier.DISK for index in range(LAYERS)]
+@pytest.fixture(autouse=True)
+def no_gradients():
+    with torch.no_grad():
+        yield
 
 
 PLACEMENTS = [(), (0,), (5,), (0, 1, 2), (1, 3, 5), (0, 1, 2, 3, 4), tuple(range(LAYERS))]
@@ -109,81 +79,6 @@ def test_layers_may_be_skipped_repeated_and_left_early(streamed, truth):
     streamer.place(tiers(4))
     for only in [(0, 1), (3,), (5, 0), (0, 0, 0), (2, 4, 2), range(LAYERS), (1,), range(LAYERS)]:
         assert torch.equal(decoder(X, only), truth(X, only))
-
-
-@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
-@pytest.mark.parametrize("at", range(LAYERS))
-def test_an_interrupted_forward_leaves_everything_usable(streamed, truth, error, at):
-    decoder, streamer = streamed
-    streamer.place(tiers(1))
-
-    def interrupt(index):
-        if index == at:
-            raise error
-
-    decoder.between = interrupt
-    with pytest.raises(error):
-        decoder(X)
-    decoder.between = lambda index: None
-    assert torch.equal(decoder(X), truth(X))
-
-
-@pytest.mark.parametrize("fault", [name for name in FAULTS if name != "short"])
-@pytest.mark.parametrize("at", [0, 1, 4])
-def test_a_fault_in_any_read_is_a_typed_error_and_the_next_forward_works(streamed, truth, monkeypatch, fault, at):
-    decoder, streamer = streamed
-    streamer.place(tiers(1))
-    disk = FaultyDisk(FAULTS[fault], at, lasting=True, only=frozenset({"pread_into"}))
-    monkeypatch.setattr(shim, "disk", disk)
-    with pytest.raises(WeightsError, match=rf"layers\.\d.*{SINGLE}"):
-        for _ in range(3):
-            decoder(X)
-    disk.heal()
-    for _ in range(2):
-        assert torch.equal(decoder(X), truth(X))
-
-
-def test_short_reads_are_continued(streamed, truth, monkeypatch):
-    decoder, _ = streamed
-    monkeypatch.setattr(shim, "disk", FaultyDisk(FAULTS["short"], 0, lasting=True, only=frozenset({"pread_into"})))
-    assert torch.equal(decoder(X), truth(X))
-
-
-@pytest.mark.parametrize("at", range(4))
-def test_without_unbuffered_reads_it_works_all_the_same(streamed, truth, monkeypatch, at):
-    decoder, _ = streamed
-    monkeypatch.setattr(shim, "disk", FaultyDisk(fails(errno.EINVAL), at, only=frozenset({"pread_into"})))
-    for _ in range(2):
-        assert torch.equal(decoder(X), truth(X))
-
-
-def test_a_placement_that_cannot_be_read_leaves_a_model_that_works(streamed, truth, monkeypatch):
-    decoder, streamer = streamed
-    streamer.place(tiers(0))
-    monkeypatch.setattr(shim, "disk", FaultyDisk(fails(errno.EIO), 1, lasting=True, only=frozenset({"pread_into"})))
-    with pytest.raises(WeightsError):
-        streamer.place(tiers(0, 1, 2, 3))
-    monkeypatch.undo()
-    assert streamer.tiers == tiers(0)
-    assert torch.equal(decoder(X), truth(X))
-
-
-def test_a_placement_that_does_not_fit_is_refused_before_anything_is_read(streamed, truth, monkeypatch):
-    decoder, streamer = streamed
-    streamer.place(tiers(0))
-    read = streamer.counters.read_bytes
-    free = ledger.measure(CPU)
-    monkeypatch.setattr(
-        weight_memory.ledger, "measure", lambda device: type(free)(
-            device_type="cpu", host_total=1, host_free=5000, device_total=1, device_free=5000
-        )
-    )  # fmt: skip
-    with pytest.raises(MemoryLimitError, match=r"4 resident layers.* need .* of memory on cpu, of which 4\.9 KiB are"):
-        streamer.place(tiers(0, 1, 2, 3))
-    monkeypatch.undo()
-    assert streamer.counters.read_bytes <= read + 3 * 16384
-    assert streamer.tiers == tiers(0)
-    assert torch.equal(decoder(X), truth(X))
 
 
 def test_two_threads_take_turns(streamed, truth):
@@ -231,12 +126,6 @@ def test_gradients_are_refused_unless_all_weights_stay(streamed, truth):
         assert not decoder(X).requires_grad
 
 
-@pytest.fixture(autouse=True)
-def no_gradients():
-    with torch.no_grad():
-        yield
-
-
 def test_nothing_grows_over_many_forwards(streamed):
     decoder, streamer = streamed
     streamer.place(tiers(2))
@@ -251,7 +140,7 @@ def test_nothing_grows_over_many_forwards(streamed):
     for _ in range(200):
         decoder(X)
     after = census()
-    assert after[1] == before[1]
+    assert after[1] <= before[1]
     assert after[0] - before[0] < 100
 
 
@@ -322,3 +211,21 @@ def test_layers_are_copied_to_a_device_after_its_kernels_and_from_a_slot_before_
     assert streams.log[-1] == "host waits for copy 2"
     lift.close()
     lift.close()
+
+
+def test_streamed_layers_go_through_device_buffers(streamed, truth, monkeypatch):
+    """The way of a CUDA model, with streams that do nothing and a device that is the host."""
+    decoder, streamer = streamed
+    monkeypatch.setattr(weight_memory.WeightMemory, "on_accelerator", True)
+    monkeypatch.setattr(weight_memory, "CudaStreams", lambda device: FakeStreams())
+    monkeypatch.setattr(weight_memory, "_buffer", lambda nbytes, pinned: aligned_buffer(nbytes))
+    streamer.place(tiers(1, 4))
+    for _ in range(4):
+        assert torch.equal(decoder(X), truth(X))
+    with streamer.standing_in():
+        decoder(X)
+    assert torch.equal(decoder(X), truth(X))
+    lift = streamer._memory.lift
+    assert "host waits for copy 1" in lift._streams.log  # the reading thread, before it used the slot again
+    streamer.place(tiers(*range(LAYERS)))
+    assert torch.equal(decoder(X), truth(X))
