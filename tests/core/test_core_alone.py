@@ -10,8 +10,9 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from ollm import disk_cache
-from ollm.placement import place_layers
-from ollm.plugin import ModelParts
+from ollm.adapters import find_adapter
+from ollm.placement import Placer
+from ollm.seam.loading import load_config, load_model
 
 
 @pytest.fixture(scope="module")
@@ -38,13 +39,28 @@ def test_generation_is_that_of_transformers(model, arguments, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_weights_are_streamed_and_fit_places_them(model, tmp_path, monkeypatch):
+    model.save_pretrained(tmp_path)
+    config, cpu = load_config(tmp_path), torch.device("cpu")
+    _, adapter = find_adapter(config)
+    ours, streamer = load_model(
+        tmp_path, config=config, find_layers=lambda model: adapter.parts(model).layers, device=cpu, dtype=None
+    )
+    ids = torch.randint(3, 101, (2, 20))
+    with torch.no_grad():
+        placer = Placer(streamer, [], cpu)
+        monkeypatch.setattr("ollm.placement.fit_budget", lambda sizes, device: sizes[0])
+        assert torch.equal(ours(ids).logits, model(ids).logits)
+        assert sorted(placer.record.tiers) == ["device", "disk"]
+    streamer.remove()
+
+
 def test_without_placements_the_error_holds_the_install_command(monkeypatch):
     """Whether ollm-offload is not installed, as in `.ci/wheels`, or switched off."""
     from ollm.registry import registry
 
     monkeypatch.setenv("OLLM_DISABLE_PLUGINS", "ollm-offload")
     registry.cache_clear()
-    parts = ModelParts(layers=[torch.nn.Linear(2, 2)], key_prefix="")
     with pytest.raises(ValueError, match=r"pip install 'ollm-core\[offload\]'"):
-        place_layers(parts, target="cpu", layers_num=1, policy="prefix", device="cpu")
+        Placer(None, [1], torch.device("cpu")).place("cpu", 1, "prefix")
     registry.cache_clear()

@@ -1,4 +1,4 @@
-"""Headers and indexes of checkpoints: what is right is found, and what is wrong in any way is refused before reading."""
+"""Headers and indexes of checkpoints: what is right is found, what is wrong in any way is refused before reading."""
 
 from __future__ import annotations
 
@@ -128,7 +128,7 @@ def test_an_index_says_where_tensors_are(sharded):
 
 
 def test_a_swapped_shard_is_refused_with_file_and_tensor(sharded):
-    os.replace(sharded / "one.safetensors", sharded / "two.safetensors")
+    (sharded / "one.safetensors").replace(sharded / "two.safetensors")
     write_shard(sharded / "one.safetensors", {"a": random_tensor(6)})
     with pytest.raises(ModelDirectoryError, match=r"two\.safetensors does not hold 'b'"):
         Checkpoint.open(sharded)
@@ -150,13 +150,13 @@ def test_links_of_a_hub_cache_are_followed(tmp_path):
 
 def test_what_is_no_plain_file_is_refused(tmp_path):
     (tmp_path / SINGLE).mkdir()
-    with pytest.raises(ModelDirectoryError, match="no plain file|Cannot open"):
+    with pytest.raises(ModelDirectoryError, match=r"no plain file|Cannot open"):
         read_shard(tmp_path / SINGLE)
 
 
 def replace(path):
     write_shard(path.with_name("new"), {"a": random_tensor(6, seed=9)})
-    os.replace(path.with_name("new"), path)
+    path.with_name("new").replace(path)
 
 
 def touch(path):

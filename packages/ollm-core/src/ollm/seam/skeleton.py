@@ -169,7 +169,7 @@ def _set(model: Any, name: str, tensor: Tensor) -> None:
     """Give a module a parameter or persistent buffer that was read."""
     path, _, own_name = name.rpartition(".")
     module = model.get_submodule(path)
-    value: Any = tensor if own_name in module._buffers else nn.Parameter(tensor, requires_grad=False)
+    value: Any = tensor if own_name in module._buffers else nn.Parameter(tensor, tensor.is_floating_point())
     value._is_hf_initialized = True
     setattr(module, own_name, value)
 

@@ -70,14 +70,15 @@ class WeightFile:
             EOFError: when the file ends before the needed bytes.
             OSError: as the system says.
         """
+        unbuffered = self._unbuffered  # another thread may find out meanwhile
         try:
-            self._read(buffer, offset, needed)
+            self._read(buffer, offset, needed, step=ALIGNMENT if unbuffered else 1)
         except OSError as error:
-            if not self._unbuffered or error.errno != errno.EINVAL:
+            if not unbuffered or error.errno != errno.EINVAL:
                 raise
             shim.disk.make_buffered(self._fd)  # a length or an offset that this file does not take unbuffered
             self._unbuffered = False
-            self._read(buffer, offset, needed)
+            self._read(buffer, offset, needed, step=1)
         if not self._unbuffered:
             with suppress(OSError):  # the bytes are here; that they stay in the cache does no harm
                 shim.disk.forget_cached(self._fd, offset, len(buffer))
@@ -98,14 +99,16 @@ class WeightFile:
         if now != self.identity:
             raise WeightsError(f"{self.path} was changed while the model is loaded: load it again.")
 
-    def _read(self, buffer: memoryview, offset: int, needed: int) -> None:
-        step = ALIGNMENT if self._unbuffered else 1
+    def _read(self, buffer: memoryview, offset: int, needed: int, *, step: int) -> None:
         done = 0
         while done < needed:
-            done -= done % step  # after a short read, unbuffered reading goes on at a whole block
             count = shim.disk.pread_into(self._fd, buffer[done:], offset + done)
-            if count <= 0 or (done + count < needed and count < step):
+            if count <= 0:
                 raise EOFError(f"{needed - done} of {needed} bytes are missing at offset {offset}")
+            if done + count < needed:  # unbuffered reading goes on at a whole block
+                if count < step:
+                    raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+                count -= count % step
             done += count
 
 

@@ -166,20 +166,22 @@ class Ring:
 
     def _run(self, filling: _Filling, read: Read) -> None:
         error: BaseException | None = None
+        done = 0
         try:
             if not filling.dropped and not self._abandoned:
                 filling.slot.settle()
                 read.into(filling.slot.buffer)
+                done = read.length
         except BaseException as raised:
             error = raised
         with self._changed:
             filling.flying -= 1
             self._flying -= 1
+            self._counters.read_bytes += done
             if error is not None:
                 self._fail(filling, read, error)
-            elif not filling.dropped:
+            else:
                 filling.left -= 1
-                self._counters.read_bytes += read.length
             self._give_back(filling)
             self._pump()
             self._changed.notify_all()

@@ -223,10 +223,11 @@ class WeightStreamer:
         if os.getpid() != self._process:
             raise WeightsError("A model whose weights are streamed was used in a forked process: load it there.")
         self._decide()
-        if torch.is_grad_enabled() and any(weight.requires_grad for weight in self._decoder.parameters()):
+        whole = all(map(self._bound_for_good, range(len(self._bindings))))
+        if torch.is_grad_enabled() and not whole and any(weight.requires_grad for weight in self._decoder.parameters()):
             raise WeightsError(
-                "Streamed weights are gone by the time a gradient needs them. Run the model under torch.no_grad(), or "
-                "load it with transformers to train it."
+                "Streamed weights are gone by the time a gradient needs them. Run the model under torch.no_grad() or "
+                "torch.inference_mode(), as generate() does."
             )
         self._checkpoint.check_identity()
 
