@@ -6,8 +6,8 @@ import errno
 
 import pytest
 import torch
-
 from core.faults import FAULTS, FaultyDisk, fails
+
 from core.streamed_decoder import CPU, LAYERS, X, make_streamed, make_truth, tiers
 from ollm.errors import MemoryLimitError, WeightsError
 from ollm.memory import ledger

@@ -9,9 +9,9 @@ import threading
 
 import pytest
 import torch
+from core.faults import FaultyDisk, fails
 from safetensors.torch import load_file, save_file
 
-from core.faults import FaultyDisk, fails
 from ollm.contracts.spill import MemorySnapshot
 from ollm.errors import ConfigurationError, DeviceError, MemoryLimitError, ModelDirectoryError, WeightsError
 from ollm.memory import MemoryLedger

@@ -123,8 +123,8 @@ class FilesTests(StoreCase):
                 what = f"{path.name} of {len(content)} bytes, changed at {place}"
                 caught += sum([self._reads_right_or_raises(store, layer, block, what) for layer, block in blocks])
         assert caught, (
-            "no change was ever noticed: are these the files that the store reads? If it has a cache of its own, open it "
-            "with a small one"
+            "no change was ever noticed: are these the files that the store reads? If it has a cache of its own, open "
+            "it with a small one"
         )
 
     @contextmanager
