@@ -10,6 +10,7 @@ from ollm.bench.process import answer, say, timed
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
     from ollm.bench.kv.records import Measured, Request
     from ollm.bench.memory import PeakMemory
