@@ -68,7 +68,8 @@ class FilesTests(StoreCase):
                 other.close()
         finally:
             os.umask(before)
-        assert {str(path): oct(mode) for path, mode in modes.items() if mode & 0o077} == {}
+        open_to_others = {path.name: oct(mode) for path, mode in modes.items() if mode & 0o077}
+        assert not open_to_others, "others may read or write it; new_file() of the folder makes private files"
 
     def test_no_file_holds_a_path(self, filled: tuple[KVStore, list[Path]]) -> None:
         """Names are derived, never read: who changes a file must not choose which file is read next."""
@@ -123,8 +124,8 @@ class FilesTests(StoreCase):
                 what = f"{path.name} of {len(content)} bytes, changed at {place}"
                 caught += sum([self._reads_right_or_raises(store, layer, block, what) for layer, block in blocks])
         assert caught, (
-            "no change was ever noticed: are these the files that the store reads? If it has a cache of its own, open it "
-            "with a small one"
+            "no change was ever noticed: are these the files that the store reads? If it has a cache of its own, "
+            "open it with a small one"
         )
 
     @contextmanager
