@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import cattrs
@@ -91,10 +92,14 @@ def disk_cache(
     per_token = activation_bytes(config, parameter.dtype.itemsize)
     rows = dense_projection_chunk_rows or piece_rows(per_token, memory.device_free)
 
+    folders: list[Path] = []
+
     def folder() -> RunFolder:
         if directory is None or facts.directory is None:
             raise PluginError(f"KV store '{name}' asks for a folder, but its facts name no `directory`.")
-        return RunFolder.create(directory, facts.directory)
+        made = RunFolder.create(directory, facts.directory)
+        folders.append(made.path)
+        return made
 
     def storage(*, write_buffers: int = BUFFERS) -> SegmentedStorage:
         return SegmentedStorage(
@@ -133,6 +138,7 @@ def disk_cache(
             layers=[layer.layer for layer in geometry.layers],
             lossless=facts.lossless,
             device=parameter.device,
+            directory=folders[0] if folders else None,
             claims=claims,
         )
     except BaseException:

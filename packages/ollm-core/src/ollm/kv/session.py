@@ -8,6 +8,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 
 import attrs
 import torch
@@ -35,6 +36,7 @@ class KVSession:
         layers: Sequence[int],
         lossless: bool = True,
         device: torch.device | None = None,
+        directory: Path | None = None,
         claims: Sequence[Claim] = (),
     ) -> None:
         """A session over a new store.
@@ -46,6 +48,7 @@ class KVSession:
             layers: the indices of the stored layers.
             lossless: whether the store gives back what it is given; only then may copies of that stay in memory.
             device: where attention runs; by default the CPU.
+            directory: the private folder of the store, for `state()`.
             claims: memory that was claimed for this cache; given back at the end.
 
         Raises:
@@ -54,6 +57,7 @@ class KVSession:
         self.store = store
         self.plan = plan
         self.strategy = strategy
+        self.directory = directory
         self.counters = KVCounters()
         self.pins = Pins()
         self._claims = list(claims)

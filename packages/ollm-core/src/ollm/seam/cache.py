@@ -210,7 +210,7 @@ class KVCache(Cache):
             mode="block" if self._undo_blocks else "tensor",
             mode_reason=self._mode_reason,
             lossless=self._lossless,
-            directory=storage.path if storage is not None else None,
+            directory=self._session.directory,
             tokens=self.get_seq_length(),
             rows=first.rows if first else 0,
             stored_layers=len(histories),

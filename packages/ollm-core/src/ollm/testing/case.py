@@ -63,6 +63,19 @@ def files_of(cache_dir: Path) -> list[Path]:
     return sorted(path for path in found if path.name not in ("lock", "CACHEDIR.TAG", "manifest.json"))
 
 
+def assert_nothing_left(cache_dir: Path, when: str) -> None:
+    """Every store of the test has ended, and with them all files."""
+    __tracebackhide__ = True
+    left = [str(path.relative_to(cache_dir)) for path in sorted(cache_dir.rglob("*")) if not path.is_dir()]
+    left = left or [f"{path.relative_to(cache_dir)}/" for path in sorted(cache_dir.rglob("*"))]
+    if left:
+        pytest.fail(
+            f"left behind {when}: {', '.join(left)}. close() ends with remove() of the folder, which takes files whose "
+            "names begin with 'store-'; make them with new_file().",
+            pytrace=False,
+        )
+
+
 class StoreCase(ABC):
     """Opens the store under test. A subclass writes `open`, and may set the attributes."""
 
@@ -89,7 +102,7 @@ class StoreCase(ABC):
         store = self.new(tmp_path)
         yield store
         store.close()
-        assert sorted(tmp_path.rglob("*")) == [], "left behind after close()"
+        assert_nothing_left(tmp_path, "after close()")
 
     def holds(self, store: KVStore, layer: int, blocks: list[Pair]) -> None:
         """The store gives back exactly these blocks."""

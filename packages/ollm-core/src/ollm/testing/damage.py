@@ -68,7 +68,8 @@ class FilesTests(StoreCase):
                 other.close()
         finally:
             os.umask(before)
-        assert {str(path): oct(mode) for path, mode in modes.items() if mode & 0o077} == {}
+        open_to_others = {path.name: oct(mode) for path, mode in modes.items() if mode & 0o077}
+        assert not open_to_others, "others may read or write it; new_file() of the folder makes private files"
 
     def test_no_file_holds_a_path(self, filled: tuple[KVStore, list[Path]]) -> None:
         """Names are derived, never read: who changes a file must not choose which file is read next."""

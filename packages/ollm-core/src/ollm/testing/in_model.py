@@ -20,7 +20,7 @@ from ollm.contracts.spill import KVGeometry, MemorySnapshot, SpillPlan, SpillPol
 from ollm.contracts.strategy import KVFacts, Strategy
 from ollm.kv.state import CacheState
 from ollm.registry import Kind, Offer, PluginReport, Status, catalog, registry
-from ollm.testing.case import DIRECTORY, StoreCase, files_of
+from ollm.testing.case import DIRECTORY, StoreCase, assert_nothing_left, files_of
 
 NAME = "under-test"
 _SHAPE: dict[str, Any] = {
@@ -119,7 +119,7 @@ class ModelTests(StoreCase):
                 cache.reset()
                 stock = _generate(self._truth(), ids, _stock(self._truth()))
                 self._compare(_generate(_model(), ids, cache), stock)
-            assert sorted(tmp_path.rglob("*")) == []
+            assert_nothing_left(tmp_path, "after the cache was closed")
 
     @contextmanager
     def offered(self) -> Iterator[None]:
@@ -178,7 +178,8 @@ class ModelTests(StoreCase):
         if self.window_tokens:
             assert state.evicted_tokens > 0
         if state.disk_bytes:
-            assert files_of(folder)
+            assert state.directory is not None, "state() does not know the folder of the store"
+            assert files_of(folder) == files_of(state.directory), "files outside its folder"
 
 
 @functools.cache

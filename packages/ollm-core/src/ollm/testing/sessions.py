@@ -11,7 +11,7 @@ import pytest
 from ollm.contracts.kv import KVStore
 from ollm.storage import shim
 from ollm.testing.blocks import assert_holds
-from ollm.testing.case import StoreCase, settle
+from ollm.testing.case import StoreCase, assert_nothing_left, settle
 from ollm.testing.faults import FaultyDisk
 from ollm.testing.processes import in_child
 
@@ -41,7 +41,7 @@ class SessionsTests(StoreCase):
         self.holds(first, 0, [*ours, theirs[0]])
         third.close()
         first.close()
-        assert sorted(tmp_path.rglob("*")) == []
+        assert_nothing_left(tmp_path, "after every session was closed")
 
     def test_a_session_of_another_process_is_left_alone(self, tmp_path: Path) -> None:
         ours = self.new(tmp_path)
@@ -58,7 +58,7 @@ class SessionsTests(StoreCase):
         in_child(other_session)
         self.holds(ours, 0, [block])
         ours.close()
-        assert sorted(tmp_path.rglob("*")) == []
+        assert_nothing_left(tmp_path, "after every session was closed")
 
     def test_kill_9_leaves_nothing_that_stays(self, tmp_path: Path) -> None:
         """Killed at any step: the next session tidies up, works, and leaves nothing."""
@@ -73,7 +73,7 @@ class SessionsTests(StoreCase):
 
             in_child(killed)
             self._live(tmp_path)
-            assert sorted(tmp_path.rglob("*")) == [], f"killed at step {at} of {total}, then another session"
+            assert_nothing_left(tmp_path, f"by what was killed at step {at} of {total}, after another session")
 
     def test_a_store_that_is_dropped_leaves_nothing_for_the_next(self, tmp_path: Path) -> None:
         """Whoever forgets to close it, and goes on or ends, has nothing to tidy up."""
@@ -84,7 +84,7 @@ class SessionsTests(StoreCase):
 
         in_child(forgetful)  # ends without any handler
         self._live(tmp_path)
-        assert sorted(tmp_path.rglob("*")) == []
+        assert_nothing_left(tmp_path, "after every session was closed")
 
     def test_close_after_the_folder_was_removed(self, tmp_path: Path) -> None:
         """Somebody tidied up by hand."""

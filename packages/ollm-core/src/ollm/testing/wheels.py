@@ -52,6 +52,7 @@ def _build(project: Path, target: Path) -> Path:
         pytest.skip("building a wheel needs: pip install build")
     command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(target), str(project)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
+    if done.returncode:
+        pytest.fail(f"{' '.join(command)} failed:\n{done.stdout}{done.stderr}", pytrace=False)
     (wheel,) = target.glob("*.whl")
     return wheel

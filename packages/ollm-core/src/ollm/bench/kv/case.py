@@ -10,6 +10,7 @@ from ollm.bench.process import answer, say, timed
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
     from ollm.bench.kv.records import Measured, Request
     from ollm.bench.memory import PeakMemory
@@ -112,8 +113,8 @@ def _on_disk(request: Request, disk: RawDisk) -> Measured:
                 decode_one(model, cache, request.case.forks)
         state = cache.state()
         cold = max(state.disk_bytes - state.resident_bytes, 0)
-        segments = sorted(state.directory.glob("segment-*")) if state.directory is not None else []
-        files = [path for path in segments if path.stat().st_size >= BLOCK]  # less says nothing of a disk
+        stored = _stored(state.directory) if state.directory is not None else []
+        files = [path for path in stored if path.stat().st_size >= BLOCK]  # less says nothing of a disk
 
         def read_raw() -> None:
             """What a step reads, as raw as can be: the disk drifts from minute to minute."""
@@ -163,6 +164,11 @@ def _fill(request: Request, model: Any, cache: Any, memory: PeakMemory) -> tuple
             wait_for_disk(directory)
         seconds = time.perf_counter() - began
     return seconds, max(peaks[0] - keys.nbytes - values.nbytes, 0)
+
+
+def _stored(directory: Path) -> list[Path]:
+    """The files that hold keys and values: ollm's own segments, or what a store made under names of its own."""
+    return sorted(path for path in directory.iterdir() if path.name.startswith(("segment-", "store-")))
 
 
 def _load(request: Request) -> tuple[Any, PeakMemory]:
