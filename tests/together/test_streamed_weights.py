@@ -9,7 +9,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from ollm.contracts.spill import MemorySnapshot
 from ollm.memory import ledger
+from ollm.seam.peak import longest_prompt, prefill_bytes
 from ollm.weights.streamer import Tier
 from together.architectures import make as make_architecture
 from together.comparison import generate, stock_cache, tokens
@@ -133,7 +135,7 @@ def test_fit_uses_what_is_free(llama, monkeypatch, layers_that_fit):
     o = load(llama)
     size = max(o._streamer.layer_bytes)
     budget = (layers_that_fit + 3) * size + size // 2  # and three slots
-    monkeypatch.setattr("ollm.placement.fit_budget", fit_budget_of(budget * 4 // 3, size))
+    monkeypatch.setattr("ollm.placement.ledger", SmallMachine(budget * 4 // 3))
     assert_identical(o.model, stock(llama))
     assert o.placement.applied_layers == layers_that_fit
     assert o.placement.resident_bytes <= budget - 3 * size
@@ -141,25 +143,19 @@ def test_fit_uses_what_is_free(llama, monkeypatch, layers_that_fit):
     assert not gaps or max(gaps) - min(gaps) <= 1
 
 
-def fit_budget_of(free, size):
-    from ollm import placement
-    from ollm.contracts.spill import MemorySnapshot
+class SmallMachine:
+    """In the ledger's place: so much is free, and all of it may be claimed."""
 
-    class Measured:
-        def measure(self, device):
-            return MemorySnapshot(
-                device_type="cpu", host_total=free, host_free=free, device_total=free, device_free=free
-            )
+    def __init__(self, free):
+        self.free = free
 
-    def fit_budget(sizes, device):
-        before, placement.ledger = placement.ledger, Measured()
-        try:
-            return original(sizes, device)
-        finally:
-            placement.ledger = before
+    def measure(self, device):
+        return MemorySnapshot(
+            device_type="cpu", host_total=self.free, host_free=self.free, device_total=self.free, device_free=self.free
+        )
 
-    original = placement.fit_budget
-    return fit_budget
+    def room(self, device):
+        return self.free
 
 
 def test_saving_a_model_that_fits_gives_the_same_checkpoint(llama, tmp_path):
@@ -297,3 +293,12 @@ def test_only_the_truth_is_loaded_by_transformers(llama, monkeypatch):
     """So that the other tests compare two things."""
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", None)
     load(llama).model(IDS)
+
+
+def test_the_longest_prompt_is_what_its_prediction_says(llama):
+    config = stock(llama).config
+    for rows in (None, 16, 512):
+        for free in (10**7, 10**8, 10**10):
+            tokens = longest_prompt(config, torch.float32, rows, free)
+            assert prefill_bytes(config, torch.float32, tokens, rows) <= free / 2 or tokens == 256
+            assert prefill_bytes(config, torch.float32, tokens + 1 + tokens // 100, rows) > free / 2
