@@ -101,7 +101,7 @@ def test_a_placement_that_does_not_fit_is_refused_before_anything_is_read(stream
             device_type="cpu", host_total=1, host_free=5000, device_total=1, device_free=5000
         )
     )  # fmt: skip
-    with pytest.raises(MemoryLimitError, match=r"4 resident layers.* need .* of memory on cpu, of which 4\.9 KiB are"):
+    with pytest.raises(MemoryLimitError, match=r"4 resident layers.* need .* of memory on cpu, and of 4\.9 KiB free"):
         streamer.place(tiers(0, 1, 2, 3))
     monkeypatch.undo()
     assert streamer.counters.read_bytes <= read + 3 * 16384

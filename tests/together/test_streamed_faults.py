@@ -203,9 +203,9 @@ def test_what_does_not_fit_is_refused_before_anything_is_read(original, expected
     o = streamed(original)
     generate(o)
     small = SmallLedger()
-    monkeypatch.setattr("ollm.weights.memory.ledger", small)
+    monkeypatch.setattr("ollm.weights.streamer.ledger", small)
     before, record = o.stats.weights.read_bytes, o.placement
-    with pytest.raises(MemoryLimitError, match=r"7 resident layers.* need .* of memory on cpu, of which 0 B are free"):
+    with pytest.raises(MemoryLimitError, match=r"7 resident layers.* need .* of memory on cpu, and of 0 B free"):
         o.offload_layers_to_cpu(7)
     assert o.stats.weights.read_bytes - before <= 3 * 2**18  # what was being read ahead
     assert o.placement is record

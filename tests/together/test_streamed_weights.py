@@ -128,40 +128,6 @@ def test_without_a_call_everything_that_fits_is_resident(llama):
     assert o._streamer._memory.slots == []
 
 
-@pytest.mark.parametrize("layers_that_fit", [0, 1, 3, 4])
-def test_fit_uses_what_is_free(llama, monkeypatch, layers_that_fit):
-    o = load(llama)
-    size = max(o._streamer.layer_bytes)
-    budget = (layers_that_fit + 3) * size + size // 2  # and three slots
-    monkeypatch.setattr("ollm.placement.fit_budget", fit_budget_of(budget * 4 // 3, size))
-    assert_identical(o.model, stock(llama))
-    assert o.placement.applied_layers == layers_that_fit
-    assert o.placement.resident_bytes <= budget - 3 * size
-    gaps = {right - left for left, right in zip(o.placement.layer_indices, o.placement.layer_indices[1:], strict=False)}
-    assert not gaps or max(gaps) - min(gaps) <= 1
-
-
-def fit_budget_of(free, size):
-    from ollm import placement
-    from ollm.contracts.spill import MemorySnapshot
-
-    class Measured:
-        def measure(self, device):
-            return MemorySnapshot(
-                device_type="cpu", host_total=free, host_free=free, device_total=free, device_free=free
-            )
-
-    def fit_budget(sizes, device):
-        before, placement.ledger = placement.ledger, Measured()
-        try:
-            return original(sizes, device)
-        finally:
-            placement.ledger = before
-
-    original = placement.fit_budget
-    return fit_budget
-
-
 def test_saving_a_model_that_fits_gives_the_same_checkpoint(llama, tmp_path):
     load(llama).model.save_pretrained(tmp_path)
     ours, theirs = stock(tmp_path).state_dict(), stock(llama).state_dict()
@@ -201,16 +167,6 @@ def test_each_streamed_byte_is_read_once_per_forward(llama):
     assert abs(o._streamer.counters.read_bytes - before - 20 * per_forward) <= ahead
 
 
-def test_a_prompt_in_pieces_reads_every_weight_once(llama, tmp_path):
-    o = load(llama)
-    o.offload_layers_to_cpu(0)
-    with o.DiskCache(tmp_path, ram_budget=0, spill_policy="tiny", mode="block", dense_projection_chunk_rows=7) as cache:
-        entered = o._streamer.counters.layers_streamed
-        ours = o.model(IDS, past_key_values=cache).logits
-        assert o._streamer.counters.layers_streamed - entered == LAYERS
-    torch.testing.assert_close(ours, stock(llama)(IDS).logits, rtol=1e-4, atol=1e-3)
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 def test_weights_and_keys_and_values_on_disk_at_once(checkpoint, family, tmp_path):
     o, truth = load(checkpoint(family)), stock(checkpoint(family))
@@ -227,18 +183,6 @@ def test_making_a_cache_reads_one_layer_of_each_kind(llama, tmp_path):
     layer = max(sum(read.length for read in binding.layout.reads) for binding in o._streamer._bindings)
     with o.DiskCache(tmp_path):
         assert 0 < o._streamer.counters.read_bytes <= layer
-
-
-def test_a_prompt_that_does_not_fit_goes_in_parts(llama, tmp_path, monkeypatch):
-    o = load(llama)
-    o.offload_layers_to_cpu(0)
-    monkeypatch.setattr("ollm.inference.longest_prompt", lambda *_: 8)
-    with o.DiskCache(tmp_path, ram_budget=0, spill_policy="tiny") as cache:
-        before = o._streamer.counters.layers_streamed
-        ours = generate(o.model, IDS[:1], cache, new_tokens=1)
-        assert o._streamer.counters.layers_streamed - before == 4 * LAYERS  # 30 tokens
-    truth = stock(llama)
-    assert torch.equal(ours.sequences, generate(truth, IDS[:1], stock_cache(truth), new_tokens=1).sequences)
 
 
 def test_statistics_count_what_is_read(llama):

@@ -66,11 +66,14 @@ class MemoryLedger:
         device_free = host_free if device.type == "cpu" else max(measured.device_free - accelerator, 0)
         return attrs.evolve(measured, host_free=host_free, device_free=device_free)
 
+    def room(self, device: torch.device) -> int:
+        """The largest claim that would be granted now, in bytes."""
+        return max(self.measure(device).device_free - _HEADROOM, 0)
+
     def try_claim(self, purpose: str, nbytes: int, device: torch.device) -> Claim | None:
         """Room for `nbytes` on `device`, or `None` if so much is not free."""
         with self._lock:
-            free = self.measure(device).device_free
-            if nbytes + _HEADROOM > free:
+            if nbytes > self.room(device):
                 return None
             claim = Claim(purpose, nbytes, device.type, ledger=self)
             self._claims.append(claim)
@@ -84,18 +87,30 @@ class MemoryLedger:
         """
         claim = self.try_claim(purpose, nbytes, device)
         if claim is None:
-            free = self.measure(device).device_free
-            raise MemoryLimitError(
-                f"{purpose} need {format_size(nbytes)} of memory on {device.type}, and of {format_size(free)} free "
-                f"{format_size(_HEADROOM)} must stay so. Close other programs or caches, or raise this process's "
-                "memory limit."
-            )
+            raise self._refusal(purpose, nbytes, device)
         return claim
+
+    def check(self, purpose: str, nbytes: int, device: torch.device) -> None:
+        """Check that a claim would be granted now.
+
+        Raises:
+            MemoryLimitError: as `claim`.
+        """
+        if nbytes > self.room(device):
+            raise self._refusal(purpose, nbytes, device)
 
     def drop(self, claim: Claim) -> None:
         """Forget a claim."""
         with self._lock:
             self._claims.remove(claim)
+
+    def _refusal(self, purpose: str, nbytes: int, device: torch.device) -> MemoryLimitError:
+        free = self.measure(device).device_free
+        return MemoryLimitError(
+            f"{purpose} need {format_size(nbytes)} of memory on {device.type}, and of {format_size(free)} free "
+            f"{format_size(_HEADROOM)} must stay so. Close other programs or caches, or raise this process's "
+            "memory limit."
+        )
 
     def _unfilled(self, device: str) -> int:
         return sum(max(claim.nbytes - claim.used, 0) for claim in self._claims if claim.device == device)

@@ -133,7 +133,7 @@ class Placer:
 def fit_budget(layer_bytes: Sequence[int], device: torch.device) -> int:
     """Bytes that `fit` gives to layers on a device: three quarters of what is free, less the slots to read the others
     into. The last quarter is for keys and values, tails and activations."""
-    budget = ledger.measure(device).device_free * 3 // 4
+    budget = min(ledger.measure(device).device_free * 3 // 4, ledger.room(device))
     if sum(layer_bytes) <= budget:
         return budget
     return max(budget - SLOTS * max(layer_bytes), 0)

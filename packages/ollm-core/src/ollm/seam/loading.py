@@ -10,11 +10,10 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from ollm.errors import MemoryLimitError, MissingExtraError, ModelDirectoryError, OllmError
+from ollm.errors import MissingExtraError, ModelDirectoryError, OllmError
 from ollm.memory import ledger
 from ollm.seam.names import CannotStreamError
 from ollm.seam.skeleton import FindLayers, build_streamed
-from ollm.units import format_size
 from ollm.weights.streamer import WeightStreamer
 
 logger = logging.getLogger("ollm")
@@ -94,12 +93,7 @@ def load_model(
 
 def _check_fits(path: Path, reason: Exception) -> None:
     needed = sum(file.stat().st_size for file in path.glob("*.safetensors"))
-    free = ledger.measure(torch.device("cpu")).host_free
-    if needed > free:
-        raise MemoryLimitError(
-            f"The weights in {path} need {format_size(needed)} of memory, of which {format_size(free)} are free, and "
-            f"they cannot be streamed: {reason}."
-        )
+    ledger.check(f"The weights in {path}, which cannot be streamed ({reason}),", needed, torch.device("cpu"))
 
 
 def apply_adapter(model: Any, adapter_dir: Path) -> Any:

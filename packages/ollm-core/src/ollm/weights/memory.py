@@ -12,14 +12,13 @@ import attrs
 import torch
 from torch import Tensor
 
-from ollm.errors import MemoryLimitError
 from ollm.io.buffers import aligned_buffer
 from ollm.io.scheduler import IOScheduler, scheduler_of
 from ollm.io.streams import CudaStreams
 from ollm.memory import Claim, ledger
-from ollm.units import format_size
 from ollm.weights.counters import WeightCounters
 from ollm.weights.layout import LayerLayout, Parameter
+from ollm.weights.lift import SLOTS as LIFT_SLOTS
 from ollm.weights.lift import Lift
 from ollm.weights.ring import SLOTS, Ring
 
@@ -61,9 +60,18 @@ class WeightMemory:
         """Bytes of one slot: the largest layer."""
         return max(layout.nbytes for layout in self._layouts)
 
-    def slots_missing(self, streamed: bool) -> int:
-        """Bytes that slots still need on the host."""
-        return SLOTS * self.slot_bytes if streamed and not self.slots else 0
+    def missing(self, device: torch.device, *, streamed: bool, lifted: bool) -> int:
+        """Bytes that slots and device buffers still need on a device.
+
+        Args:
+            device: the host or the model's.
+            streamed: whether any layer is to be read from disk.
+            lifted: whether any is to be copied to the accelerator each time.
+        """
+        slots = SLOTS if device == HOST and streamed and not self.slots else 0
+        if self.on_accelerator and device == self.device and lifted and self.lift is None:
+            slots += LIFT_SLOTS
+        return slots * self.slot_bytes
 
     def read(self, index: int, device: torch.device) -> Held:
         """Bring a layer into memory of its own.
@@ -120,19 +128,6 @@ class WeightMemory:
         if streamed:
             reads = {index: self._layouts[index].reads for index in streamed}
             self.ring = Ring(reads, self.slots, self._scheduler, self._counters)
-
-    def check_room(self, nbytes: int, device: torch.device, what: str) -> None:
-        """Check that so much is free.
-
-        Raises:
-            MemoryLimitError: names what is needed and what is free.
-        """
-        free = ledger.measure(device).device_free
-        if nbytes > free:
-            raise MemoryLimitError(
-                f"{what} need {format_size(nbytes)} of memory on {device.type}, of which {format_size(free)} are free. "
-                "Place fewer layers, close other programs or caches, or raise this process's memory limit."
-            )
 
     def close(self) -> None:
         """Give everything back, without waiting. May be called twice."""

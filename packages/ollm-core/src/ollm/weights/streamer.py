@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from ollm.errors import WeightsError
+from ollm.memory import ledger
 from ollm.weights.binding import Binding, LayerWeights, on_meta
 from ollm.weights.checkpoint import Checkpoint
 from ollm.weights.counters import WeightCounters
@@ -63,6 +64,7 @@ class WeightStreamer:
         self.before_first: Callable[[], None] | None = None
         """Called once, by the first forward pass that finds no placement chosen."""
         self._decoder = decoder
+        self._device = device
         self._checkpoint = checkpoint
         self._process = os.getpid()
         self._lock = threading.RLock()
@@ -82,11 +84,6 @@ class WeightStreamer:
         self._hooks.append(decoder.register_state_dict_pre_hook(self._decide))  # type: ignore[no-untyped-call]
 
     @property
-    def device(self) -> torch.device:
-        """Where the model computes."""
-        return self._memory.device
-
-    @property
     def layer_bytes(self) -> list[int]:
         """Bytes of each layer's weights in memory."""
         return [binding.layout.weight_bytes for binding in self._bindings]
@@ -95,11 +92,6 @@ class WeightStreamer:
     def streamed_bytes(self) -> int:
         """Bytes of weights that one forward pass reads."""
         return sum(self._bindings[index].layout.stored_bytes for index in self._streamed())
-
-    @property
-    def slot_bytes(self) -> int:
-        """Bytes of one slot."""
-        return self._memory.slot_bytes
 
     def place(self, tiers: Sequence[Tier]) -> None:
         """Choose for every layer where it stays. Waits for a forward pass that is running in another thread.
@@ -114,7 +106,7 @@ class WeightStreamer:
             wanted = {index: self._home(tier) for index, tier in enumerate(tiers) if tier is not Tier.DISK}
             going = [index for index, held in memory.held.items() if wanted.get(index) != held.device]
             coming = [index for index in wanted if index not in memory.held or index in going]
-            self._check_room(coming, going, wanted, streamed=len(wanted) < len(tiers))
+            self._check_room(coming, going, wanted)
             self._checkpoint.check_identity()
             self.before_first = None
             for index in going:
@@ -164,26 +156,25 @@ class WeightStreamer:
                 self._stand_ins = None
 
     def _home(self, tier: Tier) -> torch.device:
-        return self.device if tier is Tier.DEVICE else HOST
+        return self._device if tier is Tier.DEVICE else HOST
 
     def _streamed(self) -> list[int]:
         return [index for index, tier in enumerate(self.tiers) if tier is Tier.DISK]
 
     def _bound_for_good(self, index: int) -> bool:
         held = self._memory.held.get(index)
-        return held is not None and held.device == self.device
+        return held is not None and held.device == self._device
 
-    def _check_room(self, coming: list[int], going: list[int], wanted: dict[int, torch.device], streamed: bool) -> None:
-        sizes = [binding.layout.nbytes for binding in self._bindings]
-        for device in {HOST, self.device}:
+    def _check_room(self, coming: list[int], going: list[int], wanted: dict[int, torch.device]) -> None:
+        sizes, count = [binding.layout.nbytes for binding in self._bindings], len(self._bindings)
+        streamed = len(wanted) < count
+        lifted = sum(device == self._device for device in wanted.values()) < count
+        for device in {HOST, self._device}:
             needed = sum(sizes[index] for index in coming if wanted[index] == device)
-            if device == HOST:
-                needed += self._memory.slots_missing(streamed)
+            needed += self._memory.missing(device, streamed=streamed, lifted=lifted)
             freed = sum(sizes[index] for index in going if self._memory.held[index].device == device)
             if needed > freed:
-                self._memory.check_room(
-                    needed - freed, device, f"{len(wanted)} resident layers, and slots to read into,"
-                )
+                ledger.check(f"{len(wanted)} resident layers, with slots for the others,", needed - freed, device)
 
     def _drop(self, index: int) -> None:
         self._bindings[index].unbind()
@@ -195,15 +186,12 @@ class WeightStreamer:
         held = self._memory.held
         self.tiers = [Tier.DISK] * len(self._bindings)
         for binding in self._bindings:
+            binding.forget()
             binding.hide(on_meta)
         for index, layer in held.items():
-            self.tiers[index] = Tier.DEVICE if layer.device == self.device else Tier.HOST
+            self.tiers[index] = Tier.DEVICE if layer.device == self._device else Tier.HOST
             if self._bound_for_good(index):
                 self._bindings[index].bind(layer.buffer)
-        if not self._streamed():
-            for index, binding in enumerate(self._bindings):
-                if not self._bound_for_good(index):
-                    binding.forget()
         self._memory.start(self._streamed())
 
     def _wrap(self, forward: Callable[..., Any]) -> Callable[..., Any]:
@@ -220,16 +208,21 @@ class WeightStreamer:
 
     def _begin(self) -> None:
         """Check what may have changed since the last forward pass."""
-        if os.getpid() != self._process:
+        if os.getpid() != self._process and not self._all_bound:
             raise WeightsError("A model whose weights are streamed was used in a forked process: load it there.")
         self._decide()
-        whole = all(map(self._bound_for_good, range(len(self._bindings))))
-        if torch.is_grad_enabled() and not whole and any(weight.requires_grad for weight in self._decoder.parameters()):
+        if self._all_bound:  # then nothing is read, as with any other model
+            return
+        if torch.is_grad_enabled() and any(weight.requires_grad for weight in self._decoder.parameters()):
             raise WeightsError(
                 "Streamed weights are gone by the time a gradient needs them. Run the model under torch.no_grad() or "
                 "torch.inference_mode(), as generate() does."
             )
         self._checkpoint.check_identity()
+
+    @property
+    def _all_bound(self) -> bool:
+        return all(map(self._bound_for_good, range(len(self._bindings))))
 
     def _decide(self, *_: Any) -> None:
         """Have a placement chosen, if none was."""
@@ -251,6 +244,8 @@ class WeightStreamer:
             buffer = memory.lift.buffers[number]
             if memory.ring is not None:
                 memory.ring.release(copied)
+            elif self._stand_ins is not None:
+                copied()
         self._bindings[index].bind(buffer, owner)
         self._inside = index, number
 
