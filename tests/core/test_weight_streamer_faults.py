@@ -6,12 +6,12 @@ import errno
 
 import pytest
 import torch
-from core.faults import FAULTS, FaultyDisk, fails
 
 from core.streamed_decoder import CPU, LAYERS, X, make_streamed, make_truth, tiers
 from ollm.errors import MemoryLimitError, WeightsError
 from ollm.memory import ledger
 from ollm.storage import shim
+from ollm.testing.faults import FAULTS, FaultyDisk, fails
 from ollm.weights import memory as weight_memory
 from ollm.weights.checkpoint import SINGLE
 

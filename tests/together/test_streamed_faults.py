@@ -9,7 +9,6 @@ import threading
 
 import pytest
 import torch
-from core.faults import FaultyDisk, fails
 from safetensors.torch import load_file, save_file
 
 from ollm.contracts.spill import MemorySnapshot
@@ -17,6 +16,7 @@ from ollm.errors import ConfigurationError, DeviceError, MemoryLimitError, Model
 from ollm.memory import MemoryLedger
 from ollm.placement import Placer
 from ollm.storage import shim
+from ollm.testing.faults import FaultyDisk, fails
 from together.comparison import tokens
 from together.streamed_models import load, longer, save_checkpoint, stock
 
