@@ -13,8 +13,6 @@ from ollm.errors import CorruptDataError, DiskFullError, OllmError, StoreContrac
 from ollm.kv import tail
 from ollm.kv.history import LayerHistory
 from ollm.kv.session import KVSession
-from ollm.storage import shim
-from ollm.testing.faults import FAULTS, FaultyDisk
 
 STEPS = [("append", 7), ("append", 2), ("append", 9), ("crop", 14), ("append", 6), ("rows", 2), ("crop", 3)]
 ERRORS = (OllmError, KeyboardInterrupt, MemoryError)
@@ -81,18 +79,6 @@ def run(folder, broken, monkeypatch):
     session.close()
     model_session.close()
     return failures
-
-
-@pytest.mark.parametrize("fault", FAULTS)
-def test_any_fault_of_the_disk_leaves_the_layer_as_it_was(tmp_path, monkeypatch, fault):
-    """One operation of the disk after the other goes wrong, over a whole life of a layer."""
-    sound = FaultyDisk()
-    run(tmp_path, lambda patch: patch.setattr(shim, "disk", sound), monkeypatch)
-    failures = 0
-    for at in range(len(sound.operations)):
-        disk = FaultyDisk(FAULTS[fault], at)
-        failures += run(tmp_path, lambda patch, disk=disk: patch.setattr(shim, "disk", disk), monkeypatch)
-    assert failures > 0 or fault == "short"
 
 
 @pytest.mark.parametrize("error", [MemoryError, KeyboardInterrupt])

@@ -28,7 +28,7 @@ from ollm.testing.processes import watchdog
 
 _STEPS = [("append", 7), ("append", 2), ("append", 9), ("crop", 14), ("append", 6), ("rows", 2), ("crop", 3)]
 _WINDOW_STEPS = [("append", 7), ("append", 2), ("append", 9), ("append", 6), ("rows", 2), ("append", 30)]
-_PLACES = 80
+_PLACES = 40
 """Operations of a life that fail, one at a time, for each kind of fault."""
 _SIZES = 12
 _RAISED = (OllmError, KeyboardInterrupt, MemoryError)
