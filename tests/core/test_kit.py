@@ -15,6 +15,7 @@ from core.planted import bad_plugins
 from core.planted.bad_choices import CAUGHT as CHOICES
 from core.planted.bad_files import CAUGHT as FILES
 from core.planted.bad_stores import CAUGHT as STORES
+from ollm.testing.in_model import ModelTests
 
 TESTS = Path(__file__).parents[1]
 PLANTED = TESTS / "core" / "planted"
@@ -33,6 +34,7 @@ SOUND = (
     "TestSoundChoices",
     "TestSoundPlugin",
 )
+IN_A_MODEL = [name for name in vars(ModelTests) if name.startswith("test_")]
 
 
 def run(arguments, folder):
@@ -77,7 +79,9 @@ def test_a_planted_bug_is_caught_by_the_test_that_is_named_for_it(case, outcomes
 
 
 def test_sound_plugins_pass_everything(tmp_path):
-    outcomes = run([*(PLANTED / file for file in TABLES), "-k", " or ".join(SOUND)], tmp_path)
+    # in a model, one of them stands for all: that takes longest
+    chosen = f"TestSoundFile or (({' or '.join(SOUND)}) and not ({' or '.join(IN_A_MODEL)}))"
+    outcomes = run([*(PLANTED / file for file in TABLES), "-k", chosen], tmp_path)
     assert set(outcomes) == set(SOUND)
     assert [(case, *failed) for case, tests in outcomes.items() for failed in tests if failed[1]] == []
     assert sum(map(len, outcomes.values())) > 200
