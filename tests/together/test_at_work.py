@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 from contextlib import suppress
 
@@ -14,6 +15,12 @@ from ollm.memory import ledger
 from together.comparison import assert_same, cache_for, generate, stock_cache, tokens
 
 pytestmark = pytest.mark.timeout(120)
+
+
+@pytest.fixture(autouse=True)
+def nothing_of_other_tests():
+    """Models that earlier tests dropped keep their threads until they are collected."""
+    gc.collect()
 
 
 def test_two_caches_at_once_from_two_threads_are_both_right(model_of, tmp_path):
