@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import shutil
+import time
 
 import attrs
 
 from core.planted.catching import Table
 from core.planted.sound import HEADER, FileStore
-from ollm.plugin import Extent
+from ollm.plugin import CorruptDataError, Extent
 from ollm.testing import KVStoreTests
 
 CAUGHT = Table()
@@ -175,3 +176,23 @@ class TestFilesOutsideItsFolder(FileCase):
             if "all" in self.files:
                 self.beside.unlink(missing_ok=True)
             super().close()
+
+
+@caught_by("test_several_threads_read_at_once", "bytes differ|was damaged|cut off")
+class TestOnePositionForAllReaders(FileCase):
+    class store_type(FileStore):
+        def pread(self, fd, size, offset):
+            os.lseek(fd, offset, os.SEEK_SET)
+            time.sleep(0)  # others' turn
+            content = os.read(fd, size)
+            if len(content) < size:
+                raise CorruptDataError("cut off")
+            return content
+
+
+@caught_by("test_a_store_that_cannot_be_made_leaves_nothing", "raise StorageError")
+class TestUntypedErrorWhileItIsMade(FileCase):
+    class store_type(FileStore):
+        def __init__(self, folder):
+            super().__init__(folder)
+            self.file()

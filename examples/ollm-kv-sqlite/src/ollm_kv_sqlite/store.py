@@ -31,9 +31,9 @@ class SQLiteStore(KVStore):
         self._extents, self._layouts = {}, {}
         self._written = self._read = 0
         try:
-            os.close(folder.new_file(_NAME))  # private before SQLite opens it
-            self._database = sqlite3.connect(folder.path / _NAME, check_same_thread=False)
             with self._sqlite("open"):
+                os.close(folder.new_file(_NAME))  # private before SQLite opens it
+                self._database = sqlite3.connect(folder.path / _NAME, check_same_thread=False)
                 self._database.execute(f"PRAGMA page_size = {_PAGE}")
                 self._database.execute(f"PRAGMA cache_size = {page_cache // _PAGE}")
                 self._database.execute("PRAGMA locking_mode = EXCLUSIVE")
@@ -87,8 +87,9 @@ class SQLiteStore(KVStore):
             self._database.executemany("DELETE FROM extents WHERE id = ?", [(extent.offset,) for extent in extents])
 
     def close(self):
-        self._database.close()
-        self._folder.remove()
+        with self._sqlite("close"):
+            self._database.close()
+            self._folder.remove()
 
     def stats(self):
         with self._sqlite("look into"):
@@ -97,11 +98,11 @@ class SQLiteStore(KVStore):
 
     @contextmanager
     def _sqlite(self, action):
-        """One thread at a time, and SQLite's errors as ollm's."""
+        """One thread at a time, and errors of SQLite and of the system as ollm's."""
         with self._lock:
             try:
                 yield
-            except sqlite3.Error as error:
+            except (sqlite3.Error, OSError) as error:
                 name = getattr(error, "sqlite_errorname", "")
                 message = f"Cannot {action} {self._folder.path / _NAME}: {error}."
                 if name == "SQLITE_FULL":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -168,6 +169,24 @@ class ContractTests(StoreCase):
             read_raw(store, store.extents(0)[0]).zero_()
         self.holds(store, 0, [block])
         self.holds(store, 0, [block])
+
+    def test_several_threads_read_at_once(self, store: KVStore) -> None:
+        """As ollm's I/O workers do, while another layer grows."""
+        blocks = [self.block(store, 4, seed=seed, heads=4, key_size=128, value_size=128) for seed in range(4)]
+        for block in blocks:
+            store.append(0, *block)
+        extents = [*store.extents(0)] * 40
+        with ThreadPoolExecutor(8) as threads:
+            reads = [threads.submit(read_raw, store, extent) for extent in extents]
+            for seed in range(4):
+                store.append(1, *self.block(store, 4, seed=seed))
+        for read, extent, block in zip(reads, extents, blocks * 40, strict=True):
+            decoded = store.decode(extent, read.result(), None)
+            for name, mine, scale, theirs in zip(
+                ("keys", "values"), (decoded.keys, decoded.values), (decoded.key_scale, decoded.value_scale), block,
+                strict=True,
+            ):  # fmt: skip
+                assert_same(mine if scale == 1.0 else mine * scale, theirs, self.tolerance, f"{name} of {extent}")
 
     def test_counters(self, store: KVStore) -> None:
         assert store.stats().representation

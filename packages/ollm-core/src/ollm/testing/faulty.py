@@ -22,7 +22,7 @@ from ollm.kv.history import LayerHistory
 from ollm.kv.session import KVSession
 from ollm.storage import shim
 from ollm.testing.blocks import assert_same, random_block
-from ollm.testing.case import StoreCase, files_of, settle
+from ollm.testing.case import StoreCase, assert_nothing_left, files_of, settle
 from ollm.testing.faults import FAULTS, FaultyDisk
 from ollm.testing.processes import watchdog
 
@@ -62,6 +62,28 @@ class FaultsTests(StoreCase):
             pytest.skip("this store has no files")
         for limit in range(0, largest, max(largest // _SIZES, 1)):
             self._survives(functools.partial(_file_size, limit), f"no file may have more than {limit} bytes")
+
+    @pytest.mark.parametrize("fault", ["no room", "input/output error"])
+    def test_a_store_that_cannot_be_made_leaves_nothing(self, fault: str, tmp_path: Path) -> None:
+        """One operation after the other goes wrong while it is opened: a typed error, or a store all the same."""
+        sound = FaultyDisk()
+        with _with_disk(sound):
+            store = self.new(tmp_path)
+        store.close()
+        for at in range(len(sound.operations)):
+            try:
+                with _with_disk(FaultyDisk(FAULTS[fault], at)):
+                    store = self.new(tmp_path)
+                store.close()
+            except OllmError:
+                continue
+            except Exception as error:
+                raise AssertionError(
+                    f"{fault} at operation {at} of opening it: {type(error).__name__} ({error}); raise StorageError or "
+                    "another error of ollm.plugin"
+                ) from error
+        self.new(tmp_path).close()  # tidies up what could not be removed
+        assert_nothing_left(tmp_path, "by stores that could not be made, after one that could")
 
     def _survives(self, trouble: Trouble, what: str) -> None:
         """Every step first while there is trouble, then, if that failed, again without."""
