@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
-import traceback
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -60,28 +57,6 @@ def get(storage: SegmentedStorage, extent: Extent) -> bytes:
 def tree(folder: Path) -> list[str]:
     """Every path below a folder."""
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
-
-
-def in_child(action: Callable[[], None]) -> None:
-    """Run `action` in a forked child; what fails there fails here, with the child's traceback."""
-    reader, writer = os.pipe()
-    with warnings.catch_warnings():  # newer Pythons warn of forks beside threads; this child only does what is asked
-        warnings.simplefilter("ignore")
-        pid = os.fork()
-    if pid == 0:
-        code = 0
-        try:
-            action()
-        except BaseException:
-            code = 1
-            os.write(writer, traceback.format_exc().encode()[-60000:])
-        finally:
-            os._exit(code)
-    os.close(writer)
-    with os.fdopen(reader, "rb") as pipe:
-        report = pipe.read().decode()
-    _, status = os.waitpid(pid, 0)
-    assert os.waitstatus_to_exitcode(status) == 0, f"in the child:\n{report}"
 
 
 @contextmanager

@@ -12,13 +12,14 @@ from typing import Any
 
 import pytest
 
-from core.storage_fixtures import DIRECTORY, get, in_child, open_storage, put, tree
+from core.storage_fixtures import DIRECTORY, get, open_storage, put, tree
 from ollm.contracts.kv import Extent
 from ollm.errors import DiskFullError, OllmError, StorageError
 from ollm.storage import datafile, shim
 from ollm.storage.segments import SegmentedStorage
 from ollm.storage.shim import Disk
 from ollm.testing.faults import FAULTS, OPERATIONS, Fault, FaultyDisk, fails
+from ollm.testing.processes import in_child
 
 INTERRUPTIONS = (KeyboardInterrupt, MemoryError)
 EMPTY_ROOT = {DIRECTORY, f"{DIRECTORY}/lock", f"{DIRECTORY}/CACHEDIR.TAG"}

@@ -14,9 +14,10 @@ from pathlib import Path
 
 import pytest
 
-from core.storage_fixtures import DIRECTORY, get, in_child, open_storage, process, put, tree
+from core.storage_fixtures import DIRECTORY, get, open_storage, process, put, tree
 from ollm.errors import CacheDirectoryError, StorageError
 from ollm.storage.folder import RunFolder
+from ollm.testing.processes import in_child
 
 NOBODY = 65534
 IS_ROOT = os.geteuid() == 0

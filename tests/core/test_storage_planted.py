@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from core.storage_fixtures import DIRECTORY, in_child, tree
+from core.storage_fixtures import DIRECTORY, tree
 from ollm.errors import CacheDirectoryError
 from ollm.storage.folder import RunFolder
+from ollm.testing.processes import in_child
 
 RUN = "run-0123456789abcdef"
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root to give files to somebody else")

@@ -12,7 +12,7 @@ import attrs
 import pytest
 import torch
 
-from core.storage_fixtures import as_tensor, get, in_child, open_storage, put, read_raw
+from core.storage_fixtures import as_tensor, get, open_storage, put, read_raw
 from ollm.contracts.kv import Extent
 from ollm.errors import (
     CacheClosedError,
@@ -25,6 +25,7 @@ from ollm.io.buffers import ALIGNMENT
 from ollm.storage import records, shim
 from ollm.storage.segments import SegmentedStorage
 from ollm.testing.faults import FaultyDisk
+from ollm.testing.processes import in_child
 
 SIZES = [0, 1, 4095, 4096, 4097, 10_000]
 

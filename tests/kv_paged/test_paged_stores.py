@@ -182,6 +182,7 @@ def fill(store):
         store.evict(0, dropped)
     else:
         store.truncate(0, 3)
+    store.storage.flush()  # else what is released may never be written
     store.release(dropped)
     store.append(1, *small_block(2, 500))
     store.append(0, *small_block(1, 600))

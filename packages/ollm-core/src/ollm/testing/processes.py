@@ -11,8 +11,13 @@ from contextlib import contextmanager
 from types import FrameType
 
 
-def in_child(action: Callable[[], None]) -> None:
-    """Run `action` in a forked child; what fails there fails here, with the child's traceback."""
+def in_child(action: Callable[[], None], *, killed: bool = False) -> None:
+    """Run `action` in a forked child; what fails there fails here, with the child's traceback.
+
+    Args:
+        action: what to do there.
+        killed: whether it ends with kill -9.
+    """
     reader, writer = os.pipe()
     pid = _fork()
     if pid == 0:
@@ -29,7 +34,7 @@ def in_child(action: Callable[[], None]) -> None:
         report = pipe.read().decode()
     _, status = os.waitpid(pid, 0)
     code = os.waitstatus_to_exitcode(status)
-    assert code in (0, -signal.SIGKILL), f"in the child:\n{report}"
+    assert code == (-signal.SIGKILL if killed else 0), f"in the child:\n{report}"
 
 
 def _fork() -> int:

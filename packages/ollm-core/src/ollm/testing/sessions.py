@@ -71,7 +71,7 @@ class SessionsTests(StoreCase):
                 _with_disk(FaultyDisk(_kill, at), lambda: self._live(tmp_path, close=False))
                 os.kill(os.getpid(), signal.SIGKILL)
 
-            in_child(killed)
+            in_child(killed, killed=True)
             self._live(tmp_path)
             assert_nothing_left(tmp_path, f"by what was killed at step {at} of {total}, after another session")
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 
 import attrs
@@ -54,7 +55,7 @@ class Parameter:
 
 
 @attrs.frozen(eq=False)
-class Read:
+class Read(ABC):
     """One request: bytes of one file, of a length that a worker reads in one go."""
 
     file: WeightFile
@@ -66,13 +67,13 @@ class Read:
     """Aligned."""
     needed: int
 
+    @abstractmethod
     def into(self, buffer: Tensor) -> None:
         """Fill the part of a layer's buffer that this read is for.
 
         Raises:
             EOFError, OSError: as `WeightFile.read`.
         """
-        raise NotImplementedError
 
     def __str__(self) -> str:
         names = [tensor.name for tensor in self.tensors if self._touches(tensor)]
