@@ -139,7 +139,8 @@ class SegmentedStorage:
             segment: number of the file, from 0.
             layer, start, tokens, rows: what the record is, checked again on every read.
             dtype: a name of the format's dtypes, or `opaque` for an encoding of the store's own.
-            at: where the record begins, a multiple of `ALIGNMENT`; by default behind all others.
+            at: where the record begins, a multiple of 4096; by default behind all others. It may lie behind the end of
+                the file: what is between counts as used.
 
         Raises:
             StoreContractError: `at` is no place for it: something there may still be read.

@@ -28,13 +28,18 @@ class SegmentedStore(KVStore):
 
     @abstractmethod
     def place(self, layer: int, layout: LayerLayout, rows: int) -> tuple[int, int | None]:
-        """Where the next record of a layer goes: a segment's number, and the offset in it or `None` for its end.
+        """Where the next record of a layer goes: a segment's number, and the byte in it where the record begins, or
+        `None` for behind all others. Changes nothing: `placed` is called once the record is there.
 
-        Changes nothing: `placed` is called once the record is there.
+        That byte is a multiple of 4096 and may lie behind the end of the file. A record takes
+        `storage.record_bytes(payload_bytes)` bytes; its payload, which `Extent.offset` names, begins 4096 bytes later.
+        How many tokens it will hold is not known here: a store that reckons with places sets `extent_tokens`, and a
+        record then takes at most `storage.record_bytes(layout.nbytes(rows, extent_tokens))`.
         """
 
     def placed(self, extent: Extent) -> None:
-        """A record went where `place` said. Default: nothing."""
+        """A record went where `place` said. `layout` knows its layer already, `extents` does not list it yet. Default:
+        nothing."""
 
     def encode(self, keys: Tensor, values: Tensor) -> tuple[Sequence[Tensor], str]:
         """The tensors that make the payload of a record, and its dtype code. Default: both as they are."""
@@ -77,4 +82,6 @@ class SegmentedStore(KVStore):
         self._extents[layer] = tuple(extent for extent in self.extents(layer) if extent not in gone)
 
     def release(self, extents: Sequence[Extent]) -> None:
+        """Give their bytes back to the storage. Whoever overrides this calls it, too. Called, as every method but
+        `read`, on the thread that appends."""
         self.storage.release(extents)
