@@ -21,7 +21,7 @@ StorageFactory = Callable[..., "SegmentedStorage"]
 """Takes the keyword `write_buffers`, see `SegmentedStorage`."""
 
 
-@attrs.frozen
+@attrs.frozen(cache_hash=True)  # a step looks up each several times
 class Extent:
     """A run of consecutive tokens of one layer, stored as one piece. Immutable; compared by value."""
 

@@ -72,8 +72,8 @@ class BufferPool:
         buffer = self._free.pop() if self._free else None
         if buffer is None or buffer.numel() < nbytes:
             buffer = aligned_buffer(max(nbytes, self._size), pinned=self._pinned)
+            self._claim.used = self.nbytes + buffer.numel()
         self._lent[buffer.data_ptr()] = buffer
-        self._claim.used = self.nbytes
         return buffer
 
     def give_back(self, buffer: Tensor) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -14,22 +13,25 @@ class Pins:
     """Counts readers per extent. Thread-safe."""
 
     def __init__(self) -> None:
-        self._readers: Counter[Extent] = Counter()
+        self._readers: dict[Extent, int] = {}
         self._dropped: set[Extent] = set()
         self._lock = threading.Lock()
 
     def pin(self, extents: Sequence[Extent]) -> None:
         """One reader more: the bytes of these extents stay what they are until `unpin`."""
         with self._lock:
-            self._readers.update(extents)
+            for extent in extents:
+                self._readers[extent] = self._readers.get(extent, 0) + 1
 
     def unpin(self, extents: Sequence[Extent]) -> None:
         """One reader less."""
         with self._lock:
-            self._readers.subtract(extents)
             for extent in extents:
-                if self._readers[extent] <= 0:
-                    del self._readers[extent]
+                left = self._readers.get(extent, 0) - 1
+                if left > 0:
+                    self._readers[extent] = left
+                else:
+                    self._readers.pop(extent, None)
 
     @contextmanager
     def pinned(self, extents: Sequence[Extent]) -> Iterator[None]:
@@ -54,6 +56,6 @@ class Pins:
     def take_unread(self) -> list[Extent]:
         """Dropped extents that nobody reads any more, each once, in order."""
         with self._lock:
-            unread = [extent for extent in self._dropped if not self._readers[extent]]
+            unread = [extent for extent in self._dropped if extent not in self._readers]
             self._dropped.difference_update(unread)
         return sorted(unread, key=lambda extent: (extent.layer, extent.start))

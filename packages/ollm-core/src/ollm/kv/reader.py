@@ -218,9 +218,9 @@ class BlockReader:
     def _failed(self, read: _Read) -> bool:
         """Whether a read that is under way comes to nothing."""
         began = time.perf_counter()
-        wait([read.future])
+        error = read.future.exception()
         self._counters.load_seconds += time.perf_counter() - began
-        return read.future.exception() is not None
+        return error is not None
 
     def _result(self, read: _Read) -> list[Tensor]:
         began = time.perf_counter()
@@ -233,7 +233,7 @@ class BlockReader:
 
     def _finish(self, read: _Read) -> None:
         """Nobody uses its bytes any more: wait for the worker, if it is at it, and take the buffer back."""
-        if not read.future.cancel():
+        if not read.future.done() and not read.future.cancel():
             wait([read.future])
         if read.buffer is not None:
             if read.until is not None:

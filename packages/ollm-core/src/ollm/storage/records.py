@@ -23,7 +23,10 @@ STORE_ID_BYTES = 16
 _FIELDS = struct.Struct("<4sHHIIIQQ16sQ")
 _CHECKSUM = struct.Struct("<Q")
 
-_ZEROS = bytes(ALIGNMENT - _FIELDS.size - _CHECKSUM.size)
+HEADER_BYTES = _FIELDS.size + _CHECKSUM.size
+"""Of a header block; the rest are zeros."""
+
+_ZEROS = bytes(ALIGNMENT - HEADER_BYTES)
 
 DTYPE_CODES = {
     "opaque": 0,
@@ -83,8 +86,8 @@ def decode_header(block: memoryview) -> tuple[RecordHeader, int]:
         CorruptDataError: when the block is damaged or of another version.
     """
     body = bytes(block[: _FIELDS.size])
-    (checksum,) = _CHECKSUM.unpack(block[_FIELDS.size : _FIELDS.size + _CHECKSUM.size])
-    if checksum != xxhash.xxh3_64_intdigest(body) or bytes(block[_FIELDS.size + _CHECKSUM.size :]) != _ZEROS:
+    (checksum,) = _CHECKSUM.unpack(block[_FIELDS.size : HEADER_BYTES])
+    if checksum != xxhash.xxh3_64_intdigest(body) or bytes(block[HEADER_BYTES:]) != _ZEROS:
         raise CorruptDataError("the record header is damaged")
     magic, version, code, layer, rows, tokens, start, length, store_id, digest = _FIELDS.unpack(body)
     if magic != MAGIC or version != RECORD_VERSION:
@@ -96,6 +99,11 @@ def decode_header(block: memoryview) -> tuple[RecordHeader, int]:
         payload_bytes=length,
     )  # fmt: skip
     return header, int(digest)
+
+
+def is_header(record: memoryview, header: bytes) -> bool:
+    """Whether a record begins with just this header, of `HEADER_BYTES`, in its block."""
+    return bytes(record[:HEADER_BYTES]) == header and bytes(record[HEADER_BYTES:ALIGNMENT]) == _ZEROS
 
 
 def check_header(block: memoryview, asked: RecordHeader) -> int:

@@ -51,7 +51,9 @@ class LayerLayout:
 
 def tensor_bytes(tensor: Tensor) -> memoryview:
     """The bytes of a contiguous tensor on the host, not a copy."""
-    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]  # numpy's stubs hide it
+    if tensor.dtype != torch.uint8 or tensor.dim() != 1:
+        tensor = tensor.reshape(-1).view(torch.uint8)
+    return memoryview(tensor.numpy())  # type: ignore[arg-type]  # numpy's stubs hide it
 
 
 def lay_out(payload: Sequence[Tensor], into: Tensor) -> None:

@@ -134,8 +134,7 @@ class WriteBehind:
 
     def rescue(self, place: Place, into: memoryview) -> bool:
         """Wait until the record at `place` is written; if that failed, fill `into` with what should be there."""
-        with self._lock:
-            write = self._writes.get(place)
+        write = self._writes.get(place)
         if write is None:
             return False
         wait([write.future])
