@@ -36,13 +36,13 @@ def test_what_stays_is_within_the_budget_or_half_of_what_is_free(kind, host, dev
         assert plan.resident_bytes_device <= (device // 2 if kind == "cuda" else 0)
     else:
         assert plan.resident_bytes + plan.resident_bytes_device == budget
-    assert 2 <= plan.read_buffers <= 12
-    assert plan.read_buffers == 2 or plan.read_buffers * 4 * 2**20 <= host // 16
+    assert 2 <= plan.read_buffers <= 7
+    assert plan.read_buffers == 2 or plan.read_buffers * 8 * 2**20 <= host // 16
 
 
 def test_the_sizes_that_it_is_known_for():
     plan = AutoSpill().plan(KVGeometry(()), memory(), None)
-    assert (plan.flush_tokens, plan.flush_bytes, plan.read_buffers) == (128, 8 * 2**20, 12)
+    assert (plan.flush_tokens, plan.flush_bytes, plan.read_buffers) == (128, 8 * 2**20, 7)
     plan = AutoSpill().plan(KVGeometry(()), memory("cuda"), 20 * GIB)
     assert (plan.flush_tokens, plan.flush_bytes) == (64, 4 * 2**20)
     assert (plan.resident_bytes_device, plan.resident_bytes) == (8 * GIB, 12 * GIB)

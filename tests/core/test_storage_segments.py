@@ -194,6 +194,19 @@ def test_headers_are_compared_even_if_nothing_is_verified(tmp_path: Path) -> Non
         get(storage, extent)
 
 
+@pytest.mark.parametrize("verify", ["first", "never"])
+def test_a_record_that_was_replaced_by_a_sound_one_with_other_bytes_is_noticed(tmp_path: Path, verify: str) -> None:
+    storage = open_storage(tmp_path, verify=verify)
+    extent = put(storage, b"ours")
+    assert get(storage, extent) == b"ours"
+    file = file_of(storage)
+    asked, _ = records.decode_header(memoryview(file.read_bytes()[:ALIGNMENT]))
+    header = records.encode_header(asked, records.payload_hash(memoryview(b"them")))
+    file.write_bytes(header + b"them".ljust(ALIGNMENT, b"\0"))
+    with pytest.raises(CorruptDataError, match="replaced by another one"):
+        get(storage, extent)
+
+
 def test_max_disk_bytes_is_kept_and_named(tmp_path: Path) -> None:
     storage = open_storage(tmp_path, max_disk_bytes=5 * ALIGNMENT)
     kept = [put(storage, b"a" * 10), put(storage, b"b" * 10, segment=1)]

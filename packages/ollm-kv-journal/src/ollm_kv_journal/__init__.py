@@ -43,7 +43,7 @@ class TieredOptions(JournalOptions):
     """Options of `tiered-write-back`."""
 
     write_buffers: int = option(
-        16, help="Records of up to 4 MiB that may wait to be written; then appending waits.", validator=_at_least(1)
+        8, help="Records of up to 8 MiB that may wait to be written; then appending waits.", validator=_at_least(1)
     )
 
 

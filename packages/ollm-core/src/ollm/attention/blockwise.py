@@ -144,7 +144,9 @@ def _tiles(start: int, stop: int, size: int) -> Iterator[tuple[int, int]]:
 
 def _pieces(block: Block, first: int, last: int, size: int | None) -> Iterator[tuple[int, int]]:
     """Split a block's positions before and behind the queries' own, so that the causal diagonal is a tile; and, with
-    a `size`, into tiles of at most that, for masks that must be evaluated."""
-    borders = sorted({block.start, block.stop, *(at for at in (first, last) if block.start < at < block.stop)})
+    a `size`, into tiles of at most that, for masks that must be evaluated. The first query's own position needs no
+    tile of its own: a step of generation is one query, and its newest block one tile."""
+    diagonal = (first, last) if block.stop > first + 1 else ()
+    borders = sorted({block.start, block.stop, *(at for at in diagonal if block.start < at < block.stop)})
     for start, stop in itertools.pairwise(borders):
         yield from _tiles(start, stop, size or stop - start)

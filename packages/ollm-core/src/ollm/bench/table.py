@@ -150,16 +150,24 @@ def _in_two_lines(name: str) -> str:
 def _verdict_text(outcome: AnyOutcome) -> str:
     if outcome.case.is_baseline:
         return "baseline"
-    marks = " ".join(f"{verdict.bar} {'ok' if verdict.reached else 'missed'}" for verdict in outcome.verdicts)
+    marks = " ".join(f"{bar} {'ok' if reached else 'missed'}" for bar, reached in _bars(outcome))
     return marks or (outcome.measured.remark if outcome.measured else "")
 
 
 def _marks(outcome: AnyOutcome) -> Text:
     text = Text()
-    for verdict in outcome.verdicts:
-        text.append(f"{verdict.bar}{'✓' if verdict.reached else '✗'} ", style="green" if verdict.reached else "red")
+    for bar, reached in _bars(outcome):
+        text.append(f"{bar}{'✓' if reached else '✗'} ", style="green" if reached else "red")
     text.rstrip()
     return text
+
+
+def _bars(outcome: AnyOutcome) -> list[tuple[str, bool]]:
+    """Each bar once, and whether all that it asks for is reached."""
+    reached: dict[str, bool] = {}
+    for verdict in outcome.verdicts:
+        reached[verdict.bar] = reached.get(verdict.bar, True) and verdict.reached
+    return list(reached.items())
 
 
 def _sentence(verdict: Verdict) -> str:

@@ -6,7 +6,8 @@ from abc import ABC, abstractmethod
 
 import attrs
 
-_READ_BYTES = 4 * 2**20
+_READ_BYTES = 8 * 2**20
+_READS = 7
 
 
 @attrs.frozen
@@ -67,8 +68,8 @@ class SpillPlan:
     free by then."""
     resident_bytes_device: int = attrs.field(default=0, validator=attrs.validators.ge(0))
     """The same on the accelerator; on a CPU it means nothing."""
-    read_buffers: int = attrs.field(default=12, validator=attrs.validators.ge(2))
-    """How many reads of up to 4 MiB may be in flight, each with a buffer on the host."""
+    read_buffers: int = attrs.field(default=_READS, validator=attrs.validators.ge(2))
+    """How many reads of up to 8 MiB may be in flight, each with a buffer on the host."""
 
     @classmethod
     def for_memory(
@@ -83,7 +84,7 @@ class SpillPlan:
         """A plan that keeps extents resident within the budget, on the accelerator first.
 
         Without a budget, half of the free memory holds them: the rest is left to activations, to the weights of other
-        models and to other programs. Twelve reads are in flight, fewer where their buffers would take more than a
+        models and to other programs. Seven reads are in flight, fewer where their buffers would take more than a
         sixteenth of the free memory.
         """
         host, device = memory.host_free // 2, 0 if memory.device_type == "cpu" else memory.device_free // 2
@@ -96,7 +97,7 @@ class SpillPlan:
             hot_tokens=hot_tokens,
             resident_bytes=host,
             resident_bytes_device=device,
-            read_buffers=max(2, min(12, memory.host_free // 16 // _READ_BYTES)),
+            read_buffers=max(2, min(_READS, memory.host_free // 16 // _READ_BYTES)),
         )
 
 

@@ -24,14 +24,15 @@ from ollm.errors import StoreContractError
 from ollm.io.buffers import BufferPool
 from ollm.io.scheduler import IOScheduler
 from ollm.kv.pins import Pins
+from ollm.kv.residency import MOST_EXTENT_BYTES
 from ollm.kv.state import KVCounters
 from ollm.storage.records import record_span
 
 if TYPE_CHECKING:
     from ollm.storage.segments import SegmentedStorage
 
-READ_BYTES = 4 * 2**20 + 2**16
-"""The most that is read at once: an extent of 4 MiB, or several smaller ones that are neighbours."""
+READ_BYTES = MOST_EXTENT_BYTES + 2**16
+"""The most that is read at once: an extent of 8 MiB, or several smaller ones that are neighbours."""
 
 Run = tuple[Extent, ...]
 Following = Callable[[], Iterable[Sequence[Extent]]]

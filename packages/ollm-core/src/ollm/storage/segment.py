@@ -112,7 +112,7 @@ class Segment:
         digest = payload_hash(record[ALIGNMENT : ALIGNMENT + extent.nbytes])
         header = record[:ALIGNMENT] = encode_header(self._header(extent, dtype), digest)
         held = self._held.get(extent.offset)
-        if held is not None:  # else it was released meanwhile
+        if held is not None and held.written == extent:  # else it was released meanwhile
             held.header = header[:HEADER_BYTES]
         self.file.write(record, extent.offset - ALIGNMENT)
 
@@ -173,10 +173,13 @@ class Segment:
     def _check(self, extent: Extent, held: _Held, record: memoryview) -> None:
         """Compare a record with what was asked for, and its payload as `verify` says."""
         payload = self._verify == "always" or (self._verify == "first" and not held.verified)
-        if not payload and held.header is not None and is_header(record, held.header):
+        written = held.header
+        if written is not None and is_header(record, written) and not payload:
             return
         try:
             check_record(record, self._header(held.written, held.dtype), payload=payload)
+            if written is not None and not is_header(record, written):
+                raise CorruptDataError("the record was replaced by another one that looks like it")
         except CorruptDataError as error:
             raise CorruptDataError(
                 f"{self.where(extent)} cannot be trusted: {error}. The disk or another program changed it; "

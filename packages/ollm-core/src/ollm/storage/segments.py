@@ -65,7 +65,7 @@ class SegmentedStorage:
             strategy: the name that the manifest states.
             options: verification and limits.
             parameters: the strategy's own parameters, as JSON, for the manifest.
-            write_buffers: how many records of up to 4 MiB may wait to be written; then `write` waits.
+            write_buffers: how many records of up to 8 MiB may wait to be written; then `write` waits.
             pinned: whether payloads come from a CUDA device.
         """
         if sys.byteorder != "little":

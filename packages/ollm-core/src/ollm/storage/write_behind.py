@@ -23,8 +23,8 @@ Place = tuple[int, int]
 """Segment and offset of a payload."""
 
 BUFFERS = 4
-BUFFER_BYTES = 4 * 2**20 + 2**16
-"""For extents of up to 4 MiB with their headers."""
+BUFFER_BYTES = 8 * 2**20 + 2**16
+"""For extents of up to 8 MiB with their headers."""
 
 
 @attrs.define(eq=False)
