@@ -148,9 +148,9 @@ def test_the_tail_is_flushed_by_bytes_too(one_layer):
 
 def test_a_prefill_is_cut_into_extents_of_equal_size_that_disks_like(one_layer):
     session, layer = one_layer()
-    keys = torch.zeros(1, 8, 3000, 128, dtype=torch.bfloat16)
+    keys = torch.zeros(1, 8, 6000, 128, dtype=torch.bfloat16)
     layer.append(keys, keys)
-    assert spans(session) == [(0, 1000), (1000, 2000), (2000, 3000)]
+    assert spans(session) == [(0, 2000), (2000, 4000), (4000, 6000)]
     assert max(extent.nbytes for extent in session.store.extents(0)) <= MOST_EXTENT_BYTES
 
 
