@@ -62,6 +62,26 @@ def test_pieces_double_so_that_little_is_set_aside_for_what_may_never_come(tmp_p
     session.close()
 
 
+@pytest.mark.parametrize(
+    ("share", "largest"),
+    [
+        (0, 8.0),
+        (0.5, 8.0),
+        (3.0, 3.0),
+        (8.0, 8.0),
+        (9.0, 4.5),
+        (12.0, 6.0),
+        (128.0, 8.0),
+        (130.0, 8.0),
+        (133.0, 133 / 17),
+    ],
+)
+def test_extents_fill_a_share_and_are_as_large_as_that_allows(share, largest):
+    mib = 2**20
+    tier = module.Residency(module.Share.even(int(share * mib), [0]), device=torch.device("cpu"))
+    assert tier.extent_bytes == int(largest * mib)
+
+
 def test_what_was_cropped_gives_its_room_back(tmp_path):
     session, (layer,) = make_session(tmp_path, layers=1, extents=EXTENTS, resident_bytes=4 * EXTENT_BYTES)
     layer.crop(2 * TOKENS)

@@ -23,7 +23,7 @@ from ollm.storage.tensors import LayerLayout
 
 MOST_EXTENT_BYTES = 8 * 2**20
 """Asking for an extent, checking it and starting the kernel cost the same for a large one as for a small one: with 8 MiB
-instead of 4 a step at half residency takes a fifth less of computing (benchmarks/results, decode-profile)."""
+instead of 4, a step at half residency computes for a fifth less (benchmarks/results, decode-profile)."""
 LEAST_EXTENT_BYTES = 2**20
 """Reads of 1 MiB and more run at the speed of the disk."""
 
@@ -121,9 +121,10 @@ class Residency:
 
     @property
     def extent_bytes(self) -> int:
-        """The largest extent that core should cut: parts that fill a layer's share, within what disks like."""
+        """The largest extent that core should cut: parts that fill a layer's share, within what disks like. The
+        largest ones if they fill all but a thirty-second."""
         share = self._share.nbytes
-        if share < LEAST_EXTENT_BYTES:
+        if share < LEAST_EXTENT_BYTES or share % MOST_EXTENT_BYTES <= share // 32:
             return MOST_EXTENT_BYTES
         return share // -(-share // MOST_EXTENT_BYTES)
 
