@@ -22,8 +22,8 @@ from ollm.memory import Claim, ledger
 from ollm.storage.tensors import LayerLayout
 
 MOST_EXTENT_BYTES = 8 * 2**20
-"""Asking for an extent, checking it and starting the kernel cost the same for a large one as for a small one: with 8 MiB
-instead of 4, a step at half residency computes for a fifth less (benchmarks/results, decode-profile)."""
+"""Asking for an extent, checking it and starting the kernel cost the same for a large one as for a small one: with 8
+instead of 4 MiB, a step at half residency computes for a fifth less (benchmarks/results, decode-profile)."""
 LEAST_EXTENT_BYTES = 2**20
 """Reads of 1 MiB and more run at the speed of the disk."""
 
