@@ -173,12 +173,12 @@ class Segment:
     def _check(self, extent: Extent, held: _Held, record: memoryview) -> None:
         """Compare a record with what was asked for, and its payload as `verify` says."""
         payload = self._verify == "always" or (self._verify == "first" and not held.verified)
-        written = held.header
-        if written is not None and is_header(record, written) and not payload:
+        as_written = held.header is not None and is_header(record, held.header)
+        if as_written and not payload:
             return
         try:
             check_record(record, self._header(held.written, held.dtype), payload=payload)
-            if written is not None and not is_header(record, written):
+            if held.header is not None and not as_written:
                 raise CorruptDataError("the record was replaced by another one that looks like it")
         except CorruptDataError as error:
             raise CorruptDataError(
