@@ -16,9 +16,12 @@ from pathlib import Path
 from ollm.bench.records import Rates, Sample
 from ollm.io.buffers import aligned_buffer
 from ollm.io.scheduler import WORKERS
+from ollm.storage.shim import request
 from ollm.storage.tensors import tensor_bytes
 
 BLOCK = 4 * 2**20
+"""What a thread takes at a time. It moves it as ollm does, in requests of `REQUEST_BYTES`: neighbouring requests of
+several threads might be joined by the system, to ones that a disk is slower with."""
 
 _DIRECT = getattr(os, "O_DIRECT", 0)
 
@@ -140,10 +143,14 @@ def _move(transfer: Transfer, buffer: memoryview, waiting: Iterator[Place]) -> i
     """One thread's work: the next block that nobody has taken, until there is none."""
     moved = 0
     for fd, offset, nbytes in waiting:  # next() of a list's iterator is atomic
-        count = transfer(fd, [buffer], offset)
-        if count != nbytes:
-            raise OSError(f"measuring the disk: {count} of {nbytes} bytes were moved at offset {offset}.")
-        moved += count
+        done = 0
+        while done < nbytes:
+            part = request(buffer, done)
+            count = transfer(fd, [part], offset + done)
+            done += count
+            if count != len(part) and done != nbytes:
+                raise OSError(f"measuring the disk: {done} of {nbytes} bytes were moved at offset {offset}.")
+        moved += done
     return moved
 
 

@@ -13,26 +13,35 @@ from ollm.memory import ledger
 ALIGNMENT = 4096
 """What unbuffered reads and writes demand of addresses, offsets and lengths."""
 
+HUGE_PAGE = 2 * 2**20
+"""Of x86 and of most ARM systems. Where it is another size, large buffers are aligned to this for nothing."""
+
 # not shared with forked children, nor counted as shared memory
 _PRIVATE = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
 
 
 def aligned_buffer(nbytes: int, *, pinned: bool = False) -> Tensor:
-    """A new uint8 tensor of at least `nbytes`, at an aligned address.
+    """A new uint8 tensor of at least `nbytes`, at an aligned address; in huge pages, if it is as large as one.
+
+    Whoever computes with what is in huge pages, or has a disk put something there, looks up 512 times fewer pages:
+    attention over a buffer took a third less of a processor (benchmarks/results, request-size).
 
     Args:
         nbytes: length; rounded up to a multiple of `ALIGNMENT`.
         pinned: in page-locked memory, from which a CUDA device copies by itself.
     """
     nbytes = max(-(-nbytes // ALIGNMENT), 1) * ALIGNMENT
-    if not pinned:  # pages of the system's own, to which they go back when the tensor is dropped
-        pages = mmap.mmap(-1, nbytes, **_PRIVATE)
-        if hasattr(mmap, "MADV_HUGEPAGE"):  # fewer pages to be looked up for every read
-            with suppress(OSError):
-                pages.madvise(mmap.MADV_HUGEPAGE)
-        return torch.frombuffer(pages, dtype=torch.uint8)
-    raw = torch.empty(nbytes + ALIGNMENT, dtype=torch.uint8, pin_memory=True)
-    skip = -raw.data_ptr() % ALIGNMENT
+    if pinned:
+        raw = torch.empty(nbytes + ALIGNMENT, dtype=torch.uint8, pin_memory=True)
+        skip = -raw.data_ptr() % ALIGNMENT
+    else:  # pages of the system's own, to which they go back when the tensor is dropped
+        huge = nbytes >= HUGE_PAGE
+        pages = mmap.mmap(-1, nbytes + HUGE_PAGE * huge, **_PRIVATE)
+        raw = torch.frombuffer(pages, dtype=torch.uint8)
+        skip = -raw.data_ptr() % HUGE_PAGE if huge else 0
+        if huge and hasattr(mmap, "MADV_HUGEPAGE"):
+            with suppress(OSError):  # not what is behind the buffer: its rest would take a whole huge page
+                pages.madvise(mmap.MADV_HUGEPAGE, skip, nbytes)
     return raw[skip : skip + nbytes]
 
 

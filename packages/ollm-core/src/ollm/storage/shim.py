@@ -18,6 +18,10 @@ except ImportError:  # Windows
 UNBUFFERED = getattr(os, "O_DIRECT", 0)
 """The flag for `Disk.open` that leaves the page cache out; 0 where the platform has none."""
 
+REQUEST_BYTES = 2**20
+"""What one system call moves. With several threads at it, that is as fast as more at once on disks that we know, and on
+one, a virtual one, a third to a half faster (benchmarks/results, request-size)."""
+
 _SAFE_FLAGS = getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
 
 
@@ -114,24 +118,31 @@ def read_exactly(fd: int, buffer: memoryview, offset: int, *, step: int = 1) -> 
     """
     done = 0
     while done < len(buffer):
-        count = _whole_steps(disk.pread_into(fd, buffer[done:], offset + done), step)
+        count = _whole_steps(disk.pread_into(fd, request(buffer, done), offset + done), step)
         if count <= 0:
             raise EOFError(f"{len(buffer) - done} of {len(buffer)} bytes are missing at offset {offset}")
         done += count
 
 
 def write_all(fd: int, buffer: memoryview, offset: int, *, step: int = 1) -> None:
-    """Write all of `buffer` (flat bytes), over as many writes as it takes: Linux caps one at 2,147,479,552 bytes.
+    """Write all of `buffer` (flat bytes), over as many writes as it takes.
 
     Raises:
         OSError: as the system says, or when a write makes no progress; `EINVAL` where it stopped within a step.
     """
     done = 0
     while done < len(buffer):
-        count = _whole_steps(disk.pwrite(fd, buffer[done:], offset + done), step)
+        count = _whole_steps(disk.pwrite(fd, request(buffer, done), offset + done), step)
         if count <= 0:
             raise OSError("a write made no progress")
         done += count
+
+
+def request(buffer: memoryview, done: int) -> memoryview:
+    """What of `buffer` the next system call should move, when `done` bytes were. A short rest goes with what is before
+    it."""
+    whole = len(buffer) - done < REQUEST_BYTES * 3 // 2
+    return buffer[done:] if whole else buffer[done : done + REQUEST_BYTES]
 
 
 def _whole_steps(count: int, step: int) -> int:

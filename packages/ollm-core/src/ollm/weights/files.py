@@ -102,7 +102,7 @@ class WeightFile:
     def _read(self, buffer: memoryview, offset: int, needed: int, *, step: int) -> None:
         done = 0
         while done < needed:
-            count = shim.disk.pread_into(self._fd, buffer[done:], offset + done)
+            count = shim.disk.pread_into(self._fd, shim.request(buffer, done), offset + done)
             if count <= 0:
                 raise EOFError(f"{needed - done} of {needed} bytes are missing at offset {offset}")
             if done + count < needed:  # unbuffered reading goes on at a whole block
