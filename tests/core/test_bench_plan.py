@@ -51,8 +51,9 @@ def verdicts(found, *, limited=False):
 def test_baselines_come_first_and_every_strategy_has_three_residencies():
     cases = plan_cases(GEOMETRY, [1000, TOKENS], ["chunked", "paged"], steps=5, ram_budget=None)
     assert [case.kind for case in cases[:3]] == ["disk", "static", "dynamic"]
-    assert len(cases) == 1 + 2 * (2 + 2 * 3 + 1)
-    assert cases[-1].kind == "static"
+    assert len(cases) == 1 + 2 * (2 + 2 * (3 + 1))
+    after = [cases[at + 1].kind for at, case in enumerate(cases) if case.residency == "everything"]
+    assert after == ["static"] * 4
     last = [case for case in cases if case.tokens == TOKENS and case.strategy == "paged"]
     assert [case.residency for case in last] == ["nothing", "half", "everything"]
     nothing, half, everything = (case.ram_budget for case in last)
@@ -135,6 +136,16 @@ def test_half_everything_and_filling():
     assert not found["P3", "StaticCache's"].reached
 
 
+def test_the_baselines_next_to_a_case_count():
+    found = outcomes(static=0.5, everything=measured(0.6))
+    slow = attrs.evolve(found[0], measured=Measured(step_seconds=[3.0]))
+    fast = attrs.evolve(found[0], measured=Measured(step_seconds=[0.7]))
+    run = [slow, found[0], found[-1], fast, slow]
+    judged = judge(run, GEOMETRY, limited=False)
+    assert [one.achievable_seconds for one in judged] == pytest.approx([3.0, 0.5, 0.6, 0.7, 3.0])
+    assert judged[2].verdicts[0].value == pytest.approx(1.0)
+
+
 def test_nothing_to_compare_with():
     (alone,) = judge(outcomes(static=None, dynamic=None, everything=measured(0.5)), GEOMETRY, limited=False)
     assert (alone.possible, alone.verdicts) == (None, [])
@@ -161,7 +172,7 @@ def test_forks_are_one_more_case_and_lossy_strategies_have_no_half():
         ("chunked", "nothing", 1), ("chunked", "half", 1), ("chunked", "everything", 1), ("chunked", "nothing", 16),
         ("rounding", "nothing", 1), ("rounding", "everything", 1), ("rounding", "nothing", 16),
     ]  # fmt: skip
-    assert cases[6].label == "chunked, nothing resident, 16 forks"
+    assert cases[7].label == "chunked, nothing resident, 16 forks"
 
 
 @pytest.mark.parametrize(("seconds", "reached"), [(3.4, True), (3.5, False)])

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import errno
 import logging
+import mmap
 import os
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +15,7 @@ import torch
 from core.storage_fixtures import get, open_storage, put
 from ollm.errors import MemoryLimitError
 from ollm.io import buffers as buffers_module
-from ollm.io.buffers import ALIGNMENT, BufferPool, aligned_buffer
+from ollm.io.buffers import ALIGNMENT, HUGE_PAGE, BufferPool, aligned_buffer
 from ollm.io.scheduler import WORKERS, scheduler_of
 from ollm.memory import MemoryLedger
 from ollm.storage import datafile, shim
@@ -30,6 +32,62 @@ def test_buffers_are_aligned_and_long_enough(nbytes):
     assert buffer.data_ptr() % ALIGNMENT == 0
     assert buffer.numel() % ALIGNMENT == 0
     assert nbytes <= buffer.numel() < max(nbytes, 1) + ALIGNMENT
+    buffer.fill_(7)
+
+
+@pytest.mark.parametrize("more", [0, 1, 2**16])
+def test_large_buffers_begin_where_a_huge_page_can(more):
+    buffers = [aligned_buffer(HUGE_PAGE + more) for _ in range(5)]
+    assert all(buffer.data_ptr() % HUGE_PAGE == 0 for buffer in buffers)
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="memory is counted by Linux only")
+def test_a_large_buffer_takes_no_more_memory_than_it_is_long():
+    def resident():
+        return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
+
+    before = resident()
+    buffers = [aligned_buffer(HUGE_PAGE + 2**16).fill_(7) for _ in range(20)]
+    assert resident() - before < 20 * (HUGE_PAGE + 2**17)
+    del buffers
+
+
+class CountingDisk(shim.Disk):
+    """Knows the length of every transfer."""
+
+    def __init__(self):
+        self.reads, self.writes = [], []
+
+    def pread_into(self, fd, buffer, offset):
+        self.reads.append(len(buffer))
+        return super().pread_into(fd, buffer, offset)
+
+    def pwrite(self, fd, buffer, offset):
+        self.writes.append(len(buffer))
+        return super().pwrite(fd, buffer, offset)
+
+
+@pytest.mark.parametrize(
+    ("nbytes", "requests"),
+    [
+        (0, []),
+        (5, [5]),
+        (2**20, [2**20]),
+        (2**20 + 4096, [2**20 + 4096]),
+        (3 * 2**19, [2**20, 2**19]),
+        (3 * 2**20 + 4096, [2**20, 2**20, 2**20 + 4096]),
+    ],
+)
+def test_requests_are_of_a_size_that_disks_like(tmp_path, monkeypatch, nbytes, requests):
+    disk = CountingDisk()
+    monkeypatch.setattr(shim, "disk", disk)
+    content = bytes(os.urandom(nbytes))
+    found = bytearray(nbytes)
+    with (tmp_path / "file").open("w+b") as file:
+        shim.write_all(file.fileno(), memoryview(content), 0)
+        shim.read_exactly(file.fileno(), memoryview(found), 0)
+    assert found == content
+    assert disk.writes == disk.reads == requests
 
 
 def test_a_pool_makes_as_many_buffers_as_are_used_at_once_and_uses_them_again():

@@ -42,6 +42,7 @@ def plan_cases(
                 for name, budget in _budgets(geometry, count, steps, ram_budget)
                 if not (name == "half" and strategy in lossy)
             ]
+            cases.append(Case(kind="static", tokens=count))  # again: the machine drifts, too
             if forks > 1:
                 budget = ram_budget or 0
                 residency = "budget" if budget else "nothing"
@@ -51,7 +52,6 @@ def plan_cases(
                         forks=forks,
                     )
                 )  # fmt: skip
-        cases.append(Case(kind="static", tokens=count))  # again: the machine drifts, too
     return cases
 
 

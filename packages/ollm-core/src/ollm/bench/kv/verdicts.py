@@ -27,7 +27,8 @@ def judge(outcomes: Sequence[Outcome], geometry: Geometry, *, limited: bool) -> 
     """The same outcomes with what was possible, and with verdicts.
 
     Args:
-        outcomes: of a whole run; cases are compared with the baselines of the same number of tokens.
+        outcomes: of a whole run, in order; a case is compared with the baselines of the same number of tokens that ran
+            next before and next after it, for machines drift.
         geometry: of the model.
         limited: whether the cases ran inside a memory limit.
     """
@@ -38,7 +39,7 @@ def _judge_one(outcome: Outcome, outcomes: Sequence[Outcome], geometry: Geometry
     measured = outcome.measured
     if measured is None or not measured.step_seconds:
         return outcome
-    static = _baseline(outcomes, "static", outcome.case.tokens)
+    static = _baseline(outcomes, "static", outcome)
     achievable = _achievable(measured, static, measured.bytes_per_step)
     if achievable is None:
         return outcome
@@ -54,7 +55,7 @@ def _verdicts(
     outcome: Outcome, measured: Measured, geometry: Geometry, outcomes: Sequence[Outcome], limited: bool
 ) -> list[Verdict]:
     assert measured.rates is not None  # every strategy's case measures the disk
-    static, dynamic = (_baseline(outcomes, kind, outcome.case.tokens) for kind in ("static", "dynamic"))
+    static, dynamic = (_baseline(outcomes, kind, outcome) for kind in ("static", "dynamic"))
     found: list[Verdict] = []
     residency = outcome.case.residency
     exact = geometry.kv_bytes(outcome.case.tokens)
@@ -126,11 +127,14 @@ def _achievable(measured: Measured, static: float | None, nbytes: int) -> float 
     return max(static or 0.0, reading) or None
 
 
-def _baseline(outcomes: Sequence[Outcome], kind: str, tokens: int) -> float | None:
-    """The mean over all its cases at this length; `None` if none was measured."""
+def _baseline(outcomes: Sequence[Outcome], kind: str, outcome: Outcome) -> float | None:
+    """The mean of its cases next to an outcome of the run; `None` if none was measured at this length."""
+    at = next(place for place, other in enumerate(outcomes) if other is outcome)
     found = [
-        outcome.measured.seconds
-        for outcome in outcomes
-        if (outcome.case.kind, outcome.case.tokens) == (kind, tokens) and outcome.measured is not None
+        (place, other.measured.seconds)
+        for place, other in enumerate(outcomes)
+        if (other.case.kind, other.case.tokens) == (kind, outcome.case.tokens) and other.measured is not None
     ]
-    return statistics.mean(found) if found else None
+    before = [seconds for place, seconds in found if place <= at][-1:]
+    after = [seconds for place, seconds in found if place >= at][:1]
+    return statistics.mean(before + after) if found else None
