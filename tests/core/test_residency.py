@@ -57,7 +57,7 @@ def test_pieces_double_so_that_little_is_set_aside_for_what_may_never_come(tmp_p
     monkeypatch.setattr(module, "MOST_PIECE_BYTES", 4 * EXTENT_BYTES)
     session, (layer,) = make_session(tmp_path, layers=1, extents=13, resident_bytes=2**30)
     (tier,) = session.source._tiers
-    assert [piece.claim.nbytes // EXTENT_BYTES for piece in tier._pieces[0]] == [1, 1, 2, 4, 4, 4]
+    assert [piece.claim.nbytes // EXTENT_BYTES for piece in tier._pieces[0]] == [4, 4, 4, 1]
     assert torch.equal(joined(walk(layer), 13 * TOKENS), expected(0, 13))
     session.close()
 

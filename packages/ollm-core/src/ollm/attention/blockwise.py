@@ -58,23 +58,20 @@ def blockwise_attention(query: Tensor, blocks: Iterable[Block], mask: TileMask, 
 
     Blocks are read once, in the given order. Queries that see no key at all get zeros.
     """
-    merged = [_Merge() for _ in _tiles(0, query.shape[2], QUERY_TILE)]
+    parts = [(low, query[:, :, low:high], _Merge()) for low, high in _tiles(0, query.shape[2], QUERY_TILE)]
     kernel = query.device.type == "cpu" or (query.device.type == "cuda" and mask.is_causal)
     plain = scores.softcap is not None or scores.bias is not None or not kernel
     for block in blocks:
-        for merge, (low, high) in zip(merged, _tiles(0, query.shape[2], QUERY_TILE), strict=True):
-            _attend_block(merge, query[:, :, low:high], low, block, mask, scores, PLAIN_TILE if plain else KEY_TILE)
-    rows, heads, queries, _ = query.shape
-    out = [merge.result(scores.sinks) for merge in merged]
-    size = next((tile.shape[-1] for tile in out if tile is not None), query.shape[-1])
-    spans = _tiles(0, queries, QUERY_TILE)
-    return torch.cat(
-        [
-            query.new_zeros(rows, heads, high - low, size) if tile is None else tile.to(query.dtype)
-            for tile, (low, high) in zip(out, spans, strict=True)
-        ],
-        dim=2,
-    )
+        for low, part, merge in parts:
+            _attend_block(merge, part, low, block, mask, scores, PLAIN_TILE if plain else KEY_TILE)
+    rows, heads = query.shape[:2]
+    found = [merge.result(scores.sinks) for _, _, merge in parts]
+    size = next((tile.shape[-1] for tile in found if tile is not None), query.shape[-1])
+    out = [
+        query.new_zeros(rows, heads, part.shape[2], size) if tile is None else tile.to(query.dtype)
+        for tile, (_, part, _) in zip(found, parts, strict=True)
+    ]
+    return out[0] if len(out) == 1 else torch.cat(out, dim=2)
 
 
 def _attend_block(
@@ -86,12 +83,14 @@ def _attend_block(
         visible = mask.tile(first, last, start, stop)
         if visible is Visible.NONE:
             continue
-        part = slice(start - block.start, stop - block.start)
+        keys, values = block.keys, block.values
+        if (start, stop) != (block.start, block.stop):
+            part = slice(start - block.start, stop - block.start)
+            keys, values = keys[:, :, part], values[:, :, part]
         bias = scores.bias
         if bias is not None:
             bias = bias[..., start - scores.bias_start : stop - scores.bias_start]
             bias = bias[..., low : low + query.shape[2], :] if bias.shape[-2] > 1 else bias
-        keys, values = block.keys[:, :, part], block.values[:, :, part]
         settings: Settings = {"scale": scores.scale * block.key_scale, "softcap": scores.softcap, "bias": bias}
         if block.row_map is None:
             out, lse = attend_tile(query, keys, values, visible, **settings)

@@ -23,8 +23,8 @@ _PRIVATE = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MA
 def aligned_buffer(nbytes: int, *, pinned: bool = False) -> Tensor:
     """A new uint8 tensor of at least `nbytes`, at an aligned address; in huge pages, if it is as large as one.
 
-    Whoever computes with what is in huge pages, or has a disk put something there, looks up 512 times fewer pages:
-    attention over a buffer took a third less of a processor (benchmarks/results, request-size).
+    A disk is told of 512 times fewer places that way: one fills huge pages at 1.35 GB/s and small ones at 0.88
+    (benchmarks/results, request-size).
 
     Args:
         nbytes: length; rounded up to a multiple of `ALIGNMENT`.
