@@ -4,8 +4,6 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PACKAGES := ollm-core ollm-kv-paged ollm-kv-journal ollm-kv-quant ollm-offload
-# a process per processor; the tests of a file stay together, for they share what is made once
-IN_PARALLEL := -n logical --dist loadfile
 SOURCES := $(PACKAGES:%=packages/%/src)
 
 .PHONY: help setup demo test survey nightly lint types imports docs wheels check clean
@@ -30,13 +28,13 @@ demo: setup
 	$(BIN)/python demo/run.py
 
 test: setup
-	$(BIN)/python -m pytest $(IN_PARALLEL)
+	$(BIN)/python -m pytest
 
 survey: setup
 	PYTHONPATH=tests $(BIN)/python -m together.survey
 
 nightly: setup
-	$(BIN)/python -m pytest $(IN_PARALLEL) --hypothesis-profile=nightly
+	$(BIN)/python -m pytest --hypothesis-profile=nightly
 
 lint: setup
 	$(BIN)/ruff check .
