@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from core.engine_fixtures import EXTENT_BYTES, TOKENS, expected, joined, make_session, tokens, walk
+from ollm.contracts.kv import Extent, KVBlock
 from ollm.kv import residency as module
 from ollm.kv import source
 from ollm.kv.rows import take
@@ -132,6 +133,38 @@ def test_less_stays_where_less_memory_is_free_and_no_byte_is_wrong(tmp_path, mon
     assert resident(session, 0) == [True] * 2 + [False] * 6
     assert torch.equal(joined(walk(layer), EXTENTS * TOKENS), expected(0, EXTENTS))
     session.close()
+
+
+def test_a_piece_that_may_not_grow_is_followed_by_another(tmp_path, monkeypatch):
+    class Tight(MemoryLedger):
+        def try_claim(self, purpose, nbytes, device):
+            return super().try_claim(purpose, nbytes, device) if nbytes <= 2 * EXTENT_BYTES else None
+
+    monkeypatch.setattr(module, "ledger", Tight())
+    monkeypatch.setattr(module, "LEAST_PIECE_BYTES", EXTENT_BYTES)
+    session, (layer,) = make_session(tmp_path, layers=1, extents=EXTENTS, resident_bytes=2**30)
+    (tier,) = session.source._tiers
+    assert [piece.claim.nbytes // EXTENT_BYTES for piece in tier._pieces[0]] == [2, 2, 2, 2]
+    assert torch.equal(joined(walk(layer), EXTENTS * TOKENS), expected(0, EXTENTS))
+    session.close()
+
+
+def test_what_is_left_of_a_piece_moves_into_a_larger_one(monkeypatch):
+    ledger = MemoryLedger()
+    monkeypatch.setattr(module, "ledger", ledger)
+    monkeypatch.setattr(module, "LEAST_PIECE_BYTES", 3 * EXTENT_BYTES)
+    tier = module.Residency(module.Share.even(5 * EXTENT_BYTES, [0]), device=torch.device("cpu"))
+    extents = [Extent(0, TOKENS * number, TOKENS, 1, EXTENT_BYTES, 0, EXTENT_BYTES * number) for number in range(7)]
+    blocks = [KVBlock(*tokens(TOKENS, seed=number)) for number in range(7)]
+    assert all(map(tier.offer, extents[:3], blocks[:3]))
+    tier.drop(extents[0])
+    assert list(map(tier.offer, extents[3:], blocks[3:])) == [True, True, True, False], "five fit into the share"
+    count, block = tier.run(extents[1:6])
+    assert (count, tier.nbytes) == (5, 5 * EXTENT_BYTES)
+    assert torch.equal(block.keys, torch.cat([one.keys for one in blocks[1:6]], dim=2))
+    assert torch.equal(block.values, torch.cat([one.values for one in blocks[1:6]], dim=2))
+    tier.clear()
+    assert (tier.nbytes, ledger._claims) == (0, [])
 
 
 def test_a_piece_that_cannot_be_made_gives_its_claim_back(tmp_path, monkeypatch):

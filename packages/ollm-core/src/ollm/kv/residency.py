@@ -57,7 +57,7 @@ class _Piece:
     @property
     def stop(self) -> int:
         """Position after its last token."""
-        return max((extent.stop for extent in self.extents), default=self.start)
+        return self.extents[-1].stop if self.extents else self.start
 
     @property
     def nbytes(self) -> int:
@@ -78,18 +78,23 @@ class _Piece:
         self.keys[:, :, span] = block.keys
         self.values[:, :, span] = block.values
         self.extents.append(extent)
-        self._count()
+        self.claim.used += extent.tokens * self.bytes_per_token
+
+    def take_over(self, other: _Piece) -> None:
+        """Copy all that another piece has into this one, which is empty and begins at the same position."""
+        block = other.view(self.start, other.stop)
+        span = slice(0, other.stop - self.start)
+        self.keys[:, :, span] = block.keys
+        self.values[:, :, span] = block.values
+        self.extents, self.claim.used = other.extents, other.claim.used
 
     def drop(self, extent: Extent) -> None:
         self.extents.remove(extent)
-        self._count()
+        self.claim.used -= extent.tokens * self.bytes_per_token
 
     def view(self, start: int, stop: int) -> KVBlock:
         span = slice(start - self.start, stop - self.start)
         return KVBlock(self.keys[:, :, span], self.values[:, :, span])
-
-    def _count(self) -> None:
-        self.claim.used = sum(extent.tokens for extent in self.extents) * self.bytes_per_token
 
 
 @attrs.frozen
@@ -196,9 +201,8 @@ class Residency:
         larger = self._new_piece(extent, block, before=piece)
         if larger is None:
             return False
-        for held in piece.extents:
-            larger.put(held, piece.view(held.start, held.stop))
-            self._home[held] = larger
+        larger.take_over(piece)
+        self._home.update(dict.fromkeys(larger.extents, larger))
         pieces = self._pieces[extent.layer]
         pieces[pieces.index(piece)] = larger
         piece.claim.release()

@@ -20,7 +20,7 @@ UNBUFFERED = getattr(os, "O_DIRECT", 0)
 
 REQUEST_BYTES = 2**20
 """What one system call moves, while other threads are at it too. A virtual disk that was measured reads a third faster
-that way than with 4 MiB (benchmarks/results, request-size); others were not, but few take more than that at once."""
+that way than with 4 MiB (benchmarks/results, request-size); no other was."""
 
 _SAFE_FLAGS = getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
 
