@@ -6,7 +6,8 @@ from abc import ABC, abstractmethod
 
 import attrs
 
-_READ_BYTES = 8 * 2**20
+from ollm.contracts.blocks import EXTENT_BYTES
+
 _READS = 7
 
 
@@ -97,7 +98,7 @@ class SpillPlan:
             hot_tokens=hot_tokens,
             resident_bytes=host,
             resident_bytes_device=device,
-            read_buffers=max(2, min(_READS, memory.host_free // 16 // _READ_BYTES)),
+            read_buffers=max(2, min(_READS, memory.host_free // 16 // EXTENT_BYTES)),
         )
 
 

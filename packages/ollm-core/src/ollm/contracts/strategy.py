@@ -13,9 +13,8 @@ from ollm.contracts.options import NoOptions
 if TYPE_CHECKING:
     import torch
 
-    from ollm.contracts.kv import StorageFactory
     from ollm.contracts.spill import KVGeometry
-    from ollm.storage.folder import RunFolder
+    from ollm.contracts.storage import Folder, Storage
 
 T_co = TypeVar("T_co", covariant=True)
 
@@ -70,11 +69,12 @@ class KVBuildContext(BuildContext):
     """Where attention runs and where raw bytes are handed to `decode`."""
     window_tokens: int | None
     """The caller's `cache_window_tokens`; for strategies that keep a window, which must set `KVStore.window` by it."""
-    storage: StorageFactory
-    """Opens this cache's private folder and returns a `SegmentedStorage` in it."""
-    folder: Callable[[], RunFolder]
+    storage: Callable[..., Storage]
+    """Opens this cache's private folder and returns a `Storage` in it. Takes the keywords `write_buffers` (how many
+    records of up to 8 MiB may wait to be written) and `compact_from` (see `docs/reference/on-disk-format.md`)."""
+    folder: Callable[[], Folder]
     """Opens this cache's private folder for a store that has files of its own. A store calls this or `storage`, once,
-    and removes the folder when it is closed."""
+    and closes the folder when it is closed. The folder may hold what an earlier store left: see `KVStore.adopt`."""
 
 
 @attrs.frozen(kw_only=True)

@@ -11,11 +11,11 @@ from collections import Counter
 import torch
 from torch import Tensor
 
-from ollm.contracts.kv import Extent, KVBlock
+from ollm.contracts.blocks import Extent, KVBlock, Location
 from ollm.io.buffers import aligned_buffer
+from ollm.io.ledger import Claim, ledger
 from ollm.kv.residency import Share
-from ollm.memory import Claim, ledger
-from ollm.storage.tensors import LayerLayout, unpack
+from ollm.storage.tensors import empty_block
 
 
 class EncodedResidency:
@@ -29,51 +29,57 @@ class EncodedResidency:
             share: of each layer.
             pinned: in page-locked memory.
         """
+        self.version = 0
+        """Counts the changes."""
         self._share = share
         self._pinned = pinned
-        self._raw: dict[Extent, tuple[Tensor, Claim]] = {}
+        self._kept: dict[Location, tuple[int, Tensor, Claim]] = {}  # with its layer
         self._used: Counter[int] = Counter()
 
     @property
     def nbytes(self) -> int:
         """Bytes of all that is kept."""
-        return sum(raw.numel() for raw, _ in self._raw.values())
+        return sum(location.nbytes for location in self._kept)
 
     def holds(self, extent: Extent) -> bool:
         """Whether the extent is kept."""
-        return extent in self._raw
+        return extent.location in self._kept
 
     def raw(self, extent: Extent) -> Tensor:
         """The bytes of an extent that is kept: uint8 on the host."""
-        return self._raw[extent][0]
+        return self._kept[extent.location][1]
 
     def offer(self, extent: Extent, raw: Tensor) -> None:
         """Keep a copy of an extent's bytes if its layer's share has room."""
-        if self._used[self._share.owner(extent.layer)] + extent.nbytes > self._share.nbytes:
+        layer, nbytes = extent.key.layer, extent.location.nbytes
+        if self._used[layer] + nbytes > self._share.nbytes:
             return
-        claim = ledger.try_claim("resident encoded keys and values", extent.nbytes, torch.device("cpu"))
+        claim = ledger.try_claim("resident encoded keys and values", nbytes, torch.device("cpu"))
         if claim is None:
             return
         try:
-            copy = aligned_buffer(extent.nbytes, pinned=self._pinned)[: extent.nbytes]
+            copy = aligned_buffer(nbytes, pinned=self._pinned)[:nbytes]
         except BaseException:
             claim.release()
             raise
         copy.copy_(raw)
-        claim.used = extent.nbytes
-        self._raw[extent] = copy, claim
-        self._used[self._share.owner(extent.layer)] += extent.nbytes
+        claim.used = nbytes
+        self._kept[extent.location] = layer, copy, claim
+        self._used[layer] += nbytes
+        self.version += 1
 
-    def drop(self, extent: Extent) -> None:
+    def drop(self, location: Location) -> None:
         """Forget an extent."""
-        if extent in self._raw:
-            self._raw.pop(extent)[1].release()
-            self._used[self._share.owner(extent.layer)] -= extent.nbytes
+        if location in self._kept:
+            layer, raw, claim = self._kept.pop(location)
+            claim.release()
+            self._used[layer] -= raw.numel()
+            self.version += 1
 
     def clear(self) -> None:
         """Forget everything."""
-        for extent in list(self._raw):
-            self.drop(extent)
+        for location in list(self._kept):
+            self.drop(location)
 
 
 class Scratch:
@@ -91,11 +97,12 @@ class Scratch:
         """Bytes that were set aside."""
         return 0 if self._buffer is None else self._buffer.numel()
 
-    def block(self, extent: Extent, layout: LayerLayout) -> KVBlock | None:
+    def block(self, extent: Extent) -> KVBlock | None:
         """Room for the keys and values of an extent, whatever is in it; `None` where it is not used."""
         if not self._wanted:
             return None
-        nbytes = layout.nbytes(extent.rows, extent.tokens)
+        key, layout = extent.key, extent.layout
+        nbytes = layout.nbytes(key.rows, key.tokens)
         if self._buffer is None or self._buffer.numel() < nbytes:
             self.close()
             self._claim = ledger.try_claim("a decoded block", nbytes, self._device)
@@ -103,7 +110,7 @@ class Scratch:
             self._buffer = (
                 aligned_buffer(nbytes) if on_cpu else torch.empty(nbytes, dtype=torch.uint8, device=self._device)
             )
-        return unpack(layout, extent, self._buffer[:nbytes])
+        return empty_block(layout, key.rows, key.tokens, self._buffer)
 
     def used(self, block: KVBlock) -> None:
         """What the store made of it: a view of something else tells that it is not needed."""

@@ -1,23 +1,22 @@
 """`KVHandle`: what a layer's keys and values are in block mode. Stands where transformers expects tensors.
 
 Only attention that walks blocks may use it; everything else that touches it gets an error that names the operation,
-never a wrong number. It pins what it refers to until its blocks have been read.
+never a wrong number. What it refers to stays where it is until its blocks have been read.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
-from contextlib import ExitStack, closing
-from typing import TYPE_CHECKING, Any, NoReturn
+from contextlib import closing
+from typing import Any, NoReturn
+
+from torch import Tensor
 
 from ollm.attention.blockwise import Block
 from ollm.errors import BlockModeError
-from ollm.kv.rows import Stored
-
-if TYPE_CHECKING:
-    from ollm.kv.session import KVSession
-    from ollm.kv.source import Following
-    from ollm.storage.tensors import LayerLayout
+from ollm.kv.session import KVSession
+from ollm.kv.source import Following
+from ollm.kv.table import Entries
 
 _OPERATORS = (
     "__getitem__", "__setitem__", "__iter__", "__len__", "__add__", "__radd__", "__sub__", "__rsub__", "__mul__",
@@ -29,46 +28,40 @@ class KVHandle:
     """All keys and values of one layer, the newest tokens included, as blocks in order of position."""
 
     def __init__(
-        self,
-        session: KVSession,
-        layout: LayerLayout,
-        past: Sequence[Stored],
-        recent: Sequence[Block],
-        following: Following,
+        self, session: KVSession, layer: int, past: Entries, recent: Sequence[Block], following: Following
     ) -> None:
-        """Pins the extents of `past` until `blocks` has been walked, or the handle is dropped."""
+        """Whatever is stored now stays where it is until `blocks` has been walked, or the handle is dropped."""
         self.window, self.sinks = session.store.window, session.store.sinks
         self._session = session
-        self._layout = layout
-        self._past = tuple(past)
+        self._layer = layer
+        self._past = past
         self._recent = tuple(recent)
         self._following = following
-        self._pins = ExitStack()
-        self._pins.enter_context(session.snapshot([part.extent for part in past]))
+        self._reader = session.table.pin()
 
-    def blocks(self) -> Generator[Block, None, None]:
-        """Every block, those in memory between those that are read; the newest tokens come last."""
-        seen = [part for part in self._past if not self._has_left_the_window(part)]
+    def blocks(self, query: Tensor) -> Generator[Block, None, None]:
+        """Every block that `query` `[rows, heads, queries, size]` attends to, those in memory between those that are
+        read; the newest tokens come last."""
+        session = self._session
         try:
-            with self._pins, closing(self._session.source.blocks(seen, self._layout, self._following)) as loaded:
-                for part in loaded:
-                    block = part.block
-                    yield Block(
-                        part.start, block.keys, block.values, part.row_map, block.key_scale, block.value_scale
-                    )  # fmt: skip
-                yield from self._recent
+            chosen = session.select(query, self._layer, self._visible())
+            with closing(session.source.blocks(chosen, self._following)) as blocks:
+                yield from blocks
+            session.table.unpin(self._reader)
+            yield from self._recent
         except BaseException:  # nobody wants the rest, and so perhaps nothing of the next layers either
-            self._session.source.cancel_reads()
+            session.source.cancel_reads()
             raise
+        finally:
+            session.table.unpin(self._reader)
 
-    def _has_left_the_window(self, part: Stored) -> bool:
-        """Such an extent is evicted as soon as nobody reads."""
-        return self.window is not None and self.sinks <= part.start and part.stop <= self._first_seen
-
-    @property
-    def _first_seen(self) -> int:
-        """The first position that the oldest of the newest tokens sees in its window."""
-        return self._recent[-1].start - (self.window or 0) + 1
+    def _visible(self) -> Entries:
+        """The entries without those that have left the window: they are dropped as soon as nobody reads."""
+        if self.window is None:
+            return self._past
+        first = self._recent[-1].start - self.window + 1  # that the oldest of the newest tokens sees
+        seen = tuple(entry for entry in self._past if entry.start < self.sinks or entry.stop > first)
+        return self._past if len(seen) == len(self._past) else Entries(seen)
 
     @property
     def tokens(self) -> int:
@@ -76,7 +69,7 @@ class KVHandle:
         return self._recent[-1].stop
 
     def __del__(self) -> None:
-        self._pins.close()
+        self._session.table.unpin(self._reader)
 
     def __getattr__(self, name: str) -> NoReturn:
         _refuse(f".{name}")

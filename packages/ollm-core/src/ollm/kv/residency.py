@@ -11,20 +11,15 @@ five pieces of a layer of 128 MiB instead of one, a step takes about a tenth lon
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import attrs
 import torch
 from torch import Tensor
 
-from ollm.contracts.kv import Extent, KVBlock
+from ollm.contracts.blocks import EXTENT_BYTES, Extent, KVBlock, KVLayout, Location
 from ollm.io.buffers import aligned_buffer
-from ollm.memory import Claim, ledger
-from ollm.storage.tensors import LayerLayout
+from ollm.io.ledger import Claim, ledger
 
-MOST_EXTENT_BYTES = 8 * 2**20
-"""Asking for an extent, checking it and starting the kernel cost the same for a large one as for a small one: with 8
-instead of 4 MiB, a step at half residency computes for a fifth less (benchmarks/results, decode-profile)."""
 LEAST_EXTENT_BYTES = 2**20
 """Reads of 1 MiB and more run at the speed of the disk."""
 
@@ -35,7 +30,7 @@ is used, and three times while it is copied."""
 
 
 @attrs.define(eq=False)
-class _Piece:
+class Piece:
     """Keys and values of consecutive tokens, in tensors with room for more. Pages that are not filled take no
     memory on a CPU."""
 
@@ -44,30 +39,23 @@ class _Piece:
     claim: Claim
     start: int
     """Position of its first token."""
-    extents: list[Extent] = attrs.field(factory=list)
-
-    @property
-    def rows(self) -> int:
-        return self.keys.shape[0]
+    extents: dict[Location, Extent] = attrs.field(factory=dict)
+    stop: int = attrs.field(default=attrs.Factory(lambda self: self.start, takes_self=True))
+    """Position after its last token."""
 
     @property
     def bytes_per_token(self) -> int:
         return (self.keys.nbytes + self.values.nbytes) // self.keys.shape[2]
 
     @property
-    def stop(self) -> int:
-        """Position after its last token."""
-        return self.extents[-1].stop if self.extents else self.start
-
-    @property
     def nbytes(self) -> int:
         """Bytes of its room."""
         return self.keys.nbytes + self.values.nbytes
 
-    def is_before(self, extent: Extent, block: KVBlock) -> bool:
+    def is_before(self, extent: Extent) -> bool:
         """Whether `extent` comes next here, if there is room."""
-        layout = LayerLayout.of(self.keys, self.values) == LayerLayout.of(block.keys, block.values)
-        return layout and extent.start == self.stop and extent.rows == self.rows
+        layout = KVLayout.of(self.keys, self.values)
+        return (layout, self.stop, self.keys.shape[0]) == (extent.layout, extent.start, extent.key.rows)
 
     def has_room(self, extent: Extent) -> bool:
         """Whether `extent` still fits."""
@@ -77,43 +65,39 @@ class _Piece:
         span = slice(extent.start - self.start, extent.stop - self.start)
         self.keys[:, :, span] = block.keys
         self.values[:, :, span] = block.values
-        self.extents.append(extent)
-        self.claim.used += extent.tokens * self.bytes_per_token
+        self.extents[extent.location] = extent
+        self.stop = extent.stop
+        self.claim.used += extent.key.tokens * self.bytes_per_token
 
-    def take_over(self, other: _Piece) -> None:
-        """Copy all that another piece has into this one, which is empty and begins at the same position."""
+    def take_over(self, other: Piece) -> None:
+        """Copy all that another piece has into this one, which is empty and begins at the same position or later."""
         block = other.view(self.start, other.stop)
         span = slice(0, other.stop - self.start)
         self.keys[:, :, span] = block.keys
         self.values[:, :, span] = block.values
-        self.extents, self.claim.used = other.extents, other.claim.used
+        self.extents, self.stop, self.claim.used = other.extents, other.stop, other.claim.used
 
-    def drop(self, extent: Extent) -> None:
-        self.extents.remove(extent)
-        self.claim.used -= extent.tokens * self.bytes_per_token
+    def drop(self, location: Location) -> None:
+        self.claim.used -= self.extents.pop(location).key.tokens * self.bytes_per_token
+        self.stop = max((extent.stop for extent in self.extents.values()), default=self.start)
 
     def view(self, start: int, stop: int) -> KVBlock:
+        """Tokens `start … stop - 1`."""
         span = slice(start - self.start, stop - self.start)
         return KVBlock(self.keys[:, :, span], self.values[:, :, span])
 
 
 @attrs.frozen
 class Share:
-    """A budget, shared evenly between the layers of a model; a layer's forks draw on the same share."""
+    """A budget, shared evenly between the layers of a model; a cache and its forks draw on the same shares."""
 
     nbytes: int
     """Of each layer."""
-    stride: int
-    """What the layer numbers of a cache and its forks differ by."""
 
     @classmethod
-    def even(cls, budget: int, layers: Sequence[int]) -> Share:
-        """The share of each of these layers in so many bytes."""
-        return cls(budget // len(layers) if layers else 0, max(layers, default=0) + 1)
-
-    def owner(self, layer: int) -> int:
-        """The layer on whose share an extent of this layer number draws."""
-        return layer % self.stride
+    def even(cls, budget: int, layers: int) -> Share:
+        """The share of each of so many layers."""
+        return cls(budget // layers if layers else 0)
 
 
 class Residency:
@@ -128,20 +112,22 @@ class Residency:
             staged: whether blocks are copied to an accelerator for every use: then each extent is a piece of its own,
                 contiguous and in page-locked memory.
         """
+        self.version = 0
+        """Counts the changes."""
         self._share = share
         self._device = device
         self._staged = staged
-        self._pieces: dict[int, list[_Piece]] = {}
-        self._home: dict[Extent, _Piece] = {}
+        self._pieces: dict[tuple[int, int], list[Piece]] = {}  # of a layer and branch
+        self._home: dict[Location, Piece] = {}
 
     @property
     def extent_bytes(self) -> int:
         """The largest extent that core should cut: parts that fill a layer's share, within what disks like. The
         largest ones if they fill all but a thirty-second."""
         share = self._share.nbytes
-        if share < LEAST_EXTENT_BYTES or share % MOST_EXTENT_BYTES <= share // 32:
-            return MOST_EXTENT_BYTES
-        return share // -(-share // MOST_EXTENT_BYTES)
+        if share < LEAST_EXTENT_BYTES or share % EXTENT_BYTES <= share // 32:
+            return EXTENT_BYTES
+        return share // -(-share // EXTENT_BYTES)
 
     @property
     def nbytes(self) -> int:
@@ -150,79 +136,73 @@ class Residency:
 
     def offer(self, extent: Extent, block: KVBlock) -> bool:
         """Keep a copy of a block if its layer's share has room; says whether it did."""
-        pieces = self._pieces.setdefault(extent.layer, [])
-        last = pieces[-1] if pieces and pieces[-1].is_before(extent, block) else None
+        pieces = self._pieces.setdefault((extent.key.layer, extent.key.branch), [])
+        last = pieces[-1] if pieces and pieces[-1].is_before(extent) else None
         if last is None or not last.has_room(extent):
-            larger = last is not None and self._grow(last, extent, block)
-            piece = None if larger else self._new_piece(extent, block)
+            larger = last is not None and self._grow(last, extent)
+            piece = None if larger else self._new_piece(extent)
             if piece is not None:
                 pieces.append(piece)
             elif not larger:
                 return False
         pieces[-1].put(extent, block)
-        self._home[extent] = pieces[-1]
+        self._home[extent.location] = pieces[-1]
+        self.version += 1
         return True
 
-    def holds(self, extent: Extent) -> bool:
-        """Whether the extent is resident."""
-        return extent in self._home
+    def home(self, extent: Extent) -> Piece | None:
+        """The piece that has an extent, if it is resident."""
+        return self._home.get(extent.location)
 
-    def run(self, extents: Sequence[Extent]) -> tuple[int, KVBlock]:
-        """How many of `extents`, from the first, which is resident, lie side by side, and all of them as one block."""
-        piece = self._home[extents[0]]
-        count = 1
-        while (
-            count < len(extents)
-            and self._home.get(extents[count]) is piece
-            and extents[count].start == extents[count - 1].stop
-        ):
-            count += 1
-        return count, piece.view(extents[0].start, extents[count - 1].stop)
-
-    def drop(self, extent: Extent) -> None:
+    def drop(self, location: Location) -> None:
         """Forget a block."""
-        piece = self._home.pop(extent, None)
+        piece = self._home.pop(location, None)
         if piece is None:
             return
-        piece.drop(extent)
+        self.version += 1
+        key = piece.extents[location].key
+        piece.drop(location)
         if not piece.extents:
-            self._pieces[extent.layer].remove(piece)
+            pieces = self._pieces[key.layer, key.branch]
+            pieces.remove(piece)
+            if not pieces:
+                del self._pieces[key.layer, key.branch]
             piece.claim.release()
 
     def clear(self) -> None:
         """Forget everything."""
-        for extent in list(self._home):
-            self.drop(extent)
+        for location in list(self._home):
+            self.drop(location)
 
-    def _grow(self, piece: _Piece, extent: Extent, block: KVBlock) -> bool:
+    def _grow(self, piece: Piece, extent: Extent) -> bool:
         """Copy a full piece into a larger one, with room for `extent`; says whether that was possible."""
         if self._staged or piece.nbytes >= MOST_PIECE_BYTES:
             return False
-        larger = self._new_piece(extent, block, before=piece)
+        larger = self._new_piece(extent, before=piece)
         if larger is None:
             return False
         larger.take_over(piece)
         self._home.update(dict.fromkeys(larger.extents, larger))
-        pieces = self._pieces[extent.layer]
+        pieces = self._pieces[extent.key.layer, extent.key.branch]
         pieces[pieces.index(piece)] = larger
         piece.claim.release()
         return True
 
-    def _new_piece(self, extent: Extent, block: KVBlock, *, before: _Piece | None = None) -> _Piece | None:
+    def _new_piece(self, extent: Extent, *, before: Piece | None = None) -> Piece | None:
         """Room for `extent` and, if the share has it, for more behind it; and for what is in `before`, which it is to
         replace."""
-        (rows, heads, tokens, key_size), value_size = block.keys.shape, block.values.shape[3]
-        per_token = (block.keys.nbytes + block.values.nbytes) // tokens
+        key, layout = extent.key, extent.layout
+        per_token = layout.nbytes(key.rows, 1)
         taken = sum(
             piece.claim.nbytes
-            for layer, pieces in self._pieces.items()
+            for (layer, _), pieces in self._pieces.items()
             for piece in pieces
-            if self._share.owner(layer) == self._share.owner(extent.layer) and piece is not before
+            if layer == key.layer and piece is not before
         )
-        start = extent.start if before is None else before.extents[0].start
+        start = extent.start if before is None else min(one.start for one in before.extents.values())
         wanted = LEAST_PIECE_BYTES if before is None else min(2 * before.nbytes, MOST_PIECE_BYTES)
         # whole extents of this size, for one that does not fit into the rest of a piece begins the next
-        most = 0 if self._staged else wanted // per_token // tokens * tokens
+        most = 0 if self._staged else wanted // per_token // key.tokens * key.tokens
         needed = extent.stop - start
         room = min((self._share.nbytes - taken) // per_token, max(most, needed))
         if room < needed:
@@ -230,12 +210,13 @@ class Residency:
         claim = ledger.try_claim("resident keys and values", room * per_token, self._device)
         if claim is None:
             return None
+        shape = (key.rows, layout.kv_heads, room)
         try:
-            keys, values = (self._empty((rows, heads, room, size), block.keys.dtype) for size in (key_size, value_size))
+            keys, values = (self._empty((*shape, size), layout.dtype) for size in (layout.key_size, layout.value_size))
         except BaseException:
             claim.release()
             raise
-        return _Piece(keys, values, claim, start)
+        return Piece(keys, values, claim, start)
 
     def _empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         if self._device.type != "cpu":

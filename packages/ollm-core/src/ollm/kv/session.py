@@ -1,31 +1,27 @@
-"""One store at work: the plan it runs under, what is written and dropped, who still reads it, and counters."""
+"""One store at work: the plan it runs under, the table of what it holds, who writes, who reads, and counters."""
 
 from __future__ import annotations
 
 import functools
-import itertools
-import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
-import attrs
 import torch
-from torch import Tensor
 
-from ollm.contracts.kv import Extent, KVBlock, KVStore
+from ollm.contracts.kv import KVStore
 from ollm.contracts.spill import SpillPlan
-from ollm.errors import StoreContractError
-from ollm.kv.pins import Pins
+from ollm.io.ledger import Claim
+from ollm.kv.selection import Select, everything
 from ollm.kv.source import BlockSource
 from ollm.kv.state import KVCounters
-from ollm.memory import Claim
+from ollm.kv.table import BlockTable
+from ollm.kv.writer import Writer
 
 
 class KVSession:
-    """What the layers of one cache share. Every answer of the store is checked here, so that a faulty one cannot
-    lead to a wrong token."""
+    """What the layers of one cache, and of its forks, share."""
 
     def __init__(
         self,
@@ -38,6 +34,7 @@ class KVSession:
         device: torch.device | None = None,
         directory: Path | None = None,
         claims: Sequence[Claim] = (),
+        select: Select = everything,
     ) -> None:
         """A session over a new store.
 
@@ -50,6 +47,7 @@ class KVSession:
             device: where attention runs; by default the CPU.
             directory: the private folder of the store, for `state()`.
             claims: memory that was claimed for this cache; given back at the end.
+            select: which extents a query attends to.
 
         Raises:
             MemoryLimitError: no memory for the read buffers is free.
@@ -58,135 +56,54 @@ class KVSession:
         self.plan = plan
         self.strategy = strategy
         self.directory = directory
+        self.select = select
         self.counters = KVCounters()
-        self.pins = Pins()
+        self.table = BlockTable()
         self._claims = list(claims)
-        self._stride = max(layers, default=0) + 1
-        self._users: set[int] = set()
-        self._dropped_users: deque[Callable[[], None]] = deque()
+        self._dropped_branches: deque[Callable[[], None]] = deque()
         self.source = BlockSource(
             store, plan, strategy=strategy, layers=layers, lossless=lossless,
-            device=device or torch.device("cpu"), pins=self.pins, counters=self.counters,
+            device=device or torch.device("cpu"), counters=self.counters,
+        )  # fmt: skip
+        self.writer = Writer(
+            store, plan, strategy=strategy, lossless=lossless, table=self.table, source=self.source,
+            counters=self.counters, give_back=self.give_back,
         )  # fmt: skip
 
-    @property
-    def users(self) -> int:
-        """How many caches share the store: the first one and its forks."""
-        return len(self._users)
-
     def join(self) -> int:
-        """One user more; its number, of which `layer_number` makes numbers that no other user has."""
+        """One cache more; its branch."""
         self._tidy()
-        user = next(number for number in itertools.count() if number not in self._users)
-        self._users.add(user)
-        return user
+        return self.table.join()
 
-    def layer_number(self, user: int, layer: int) -> int:
-        """The number in the store of a layer of a user."""
-        return user * self._stride + layer
-
-    def leave(self, user: int, give_up: Callable[[], None]) -> None:
-        """One user less: `give_up` drops what is its own; with the last user everything ends. May be called twice."""
-        if self._users == {user}:
+    def leave(self, branch: int, give_up: Callable[[], None]) -> None:
+        """One cache less: `give_up` drops what it has; with the last one everything ends. May be called twice."""
+        if self.table.branches == {branch}:
             self.close()
-        elif user in self._users:
+        elif branch in self.table.branches:
             give_up()
-        self._users.discard(user)
+        self.table.leave(branch)
 
-    def leave_soon(self, user: int, give_up: Callable[[], None]) -> None:
-        """The same for a user that was dropped, perhaps by the garbage collector in the midst of anything: takes place
+    def leave_soon(self, branch: int, give_up: Callable[[], None]) -> None:
+        """The same for a cache that was dropped, perhaps by the garbage collector in the midst of anything: takes place
         when another one goes on. If there is no other, what they shared is garbage as well, and ends by itself."""
-        if self._users == {user}:
-            self._users.clear()
+        if self.table.branches == {branch}:
+            self.table.leave(branch)
         else:
-            self._dropped_users.append(functools.partial(self.leave, user, give_up))
+            self._dropped_branches.append(functools.partial(self.leave, branch, give_up))
 
-    def _tidy(self) -> None:
-        while self._dropped_users:
-            self._dropped_users.popleft()()
-
-    def append(self, layer: int, keys: Tensor, values: Tensor) -> Extent:
-        """Store one extent and return it as the store lists it."""
-        before = self.store.extents(layer)
-        began = time.perf_counter()
-        self.store.append(layer, keys, values)
-        self.counters.save_seconds += time.perf_counter() - began
-        self.counters.saved_bytes += keys.nbytes + values.nbytes
-        after = self.store.extents(layer)
-        start = before[-1].stop if before else 0
-        rows, _, tokens, _ = keys.shape
-        if len(after) != len(before) + 1 or _place(after[-1]) != (layer, start, tokens, rows):
-            raise StoreContractError(
-                f"KV store '{self.strategy}': after append() of {tokens} tokens at {start} to layer {layer}, extents() "
-                f"lists {after[-1] if after else 'nothing'}."
-            )
-        if list(after[:-1]) != list(before):
-            raise StoreContractError(
-                f"KV store '{self.strategy}': append() to layer {layer} changed extents that were there before."
-            )
-        self.source.keep(after[-1], KVBlock(keys, values))
-        return after[-1]
-
-    def truncate(self, layer: int, length: int) -> Sequence[Extent]:
-        """Drop the extents of a layer from `length` on; those that stay. `release_unread` gives their bytes back."""
-        before = self.store.extents(layer)
-        keep = [extent for extent in before if extent.stop <= length]
-        if len(keep) == len(before):
-            return before
-        dropped = before[len(keep) :]
-        self.store.truncate(layer, length)
-        after = self.store.extents(layer)
-        if self.store.trims and dropped[0].start < length:
-            keep.append(attrs.evolve(dropped[0], tokens=length - dropped[0].start))
-        if list(after) != keep:
-            raise StoreContractError(
-                f"KV store '{self.strategy}': after truncate({layer}, {length}), extents() lists "
-                f"{len(after)} extents instead of {len(keep)}."
-            )
-        self._drop(dropped)
-        return after
-
-    def release_unread(self) -> None:
-        """Give back the bytes of dropped extents that nobody reads. The last step of whoever drops some: it may be
+    def give_back(self) -> None:
+        """Free what no list has any more and nobody reads. The last step of whoever drops something: it may be
         interrupted, and costs only space then."""
-        dropped = self.pins.dropped
-        if not dropped:
-            return
-        self.source.forget_reads(dropped)
-        free = self.pins.take_unread()
+        free = self.table.take_unread()
         if free:
-            self.store.release(free)
+            self.source.forget(free)
+            self.store.free(free)
 
-    def evict(self, layer: int, extents: Sequence[Extent]) -> None:
-        """Let a windowed store drop extents; their bytes are released once nobody reads them."""
-        keep = [extent for extent in self.store.extents(layer) if extent not in extents]
-        self.store.evict(layer, extents)
-        if list(self.store.extents(layer)) != keep:
-            raise StoreContractError(
-                f"KV store '{self.strategy}': after evict({layer}, …) of {len(extents)} extents, extents() lists "
-                f"{len(self.store.extents(layer))} instead of {len(keep)}."
-            )
-        self._drop(extents)
-
-    @contextmanager
-    def snapshot(self, extents: Sequence[Extent]) -> Iterator[Sequence[Extent]]:
-        """Pin extents: until the end of the `with` block their bytes stay what they are, truncated or not."""
-        try:
-            with self.pins.pinned(extents):
-                yield extents
-        finally:
-            self.release_unread()
-
-    def _drop(self, extents: Sequence[Extent]) -> None:
-        """The store does not list these any more."""
-        self.pins.drop(extents)
-        self.source.forget(extents)
-
-    def settle(self) -> None:
-        """Raise what the background failed with since the last call; see `SegmentedStorage.settle`."""
+    def raise_failed(self) -> None:
+        """Raise what the background failed with since the last call; see `Storage.raise_failed`."""
         self._tidy()
         if self.store.storage is not None:
-            self.store.storage.settle()
+            self.store.storage.raise_failed()
 
     def close(self) -> None:
         """End all reading, close the store and forget what is resident. May be called twice."""
@@ -196,6 +113,6 @@ class KVSession:
             steps.callback(self.store.close)
             steps.callback(self.source.close)
 
-
-def _place(extent: Extent) -> tuple[int, int, int, int]:
-    return extent.layer, extent.start, extent.tokens, extent.rows
+    def _tidy(self) -> None:
+        while self._dropped_branches:
+            self._dropped_branches.popleft()()

@@ -1,55 +1,46 @@
-"""`BlockSource`: the stored keys and values of a cache, wherever they are: resident, read ahead, or staged.
+"""`BlockSource`: the stored keys and values of a cache, wherever they are: resident, read ahead, or on their way to a
+device.
 
-Joins residency, reader and staging into one stream of blocks per layer. Knows nothing of rows beyond handing on their
-maps, and nothing of when something is stored or dropped.
+Joins residency, reader and device ring into one stream of blocks per layer. Knows nothing of rows beyond handing on
+their maps, and nothing of when something is stored or dropped.
 """
 
 from __future__ import annotations
 
-import functools
-import itertools
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 
-import attrs
 import torch
 from torch import Tensor
 
-from ollm.contracts.kv import Extent, KVBlock, KVStore
+from ollm.attention.blockwise import Block
+from ollm.contracts.blocks import Extent, KVBlock, Location
+from ollm.contracts.kv import KVStore
 from ollm.contracts.spill import SpillPlan
 from ollm.errors import StoreContractError
 from ollm.io.buffers import BufferPool
+from ollm.io.device_ring import DeviceRing
 from ollm.io.scheduler import scheduler_of
 from ollm.io.streams import CudaStreams
 from ollm.kv.encoded import EncodedResidency, Scratch
-from ollm.kv.pins import Pins
-from ollm.kv.reader import READ_BYTES, BlockReader, check_raw
+from ollm.kv.parts import Part, PartReader
+from ollm.kv.reader import READ_BYTES, BlockReader, Run, check_raw
 from ollm.kv.residency import Residency, Share
-from ollm.kv.rows import RowMap, Stored
-from ollm.kv.staging import Staging
+from ollm.kv.route import Route, RoutePlanner
 from ollm.kv.state import KVCounters
-from ollm.storage.tensors import LayerLayout
+from ollm.kv.table import Entries, Entry, take
 
-_LEAST_SLICE_BYTES = 8 * 2**20
+_ON_THE_DEVICE = 3
+"""Device buffers: one is being computed with, one is filled, one waits."""
 
-Following = Callable[[], Iterable[Sequence[Stored]]]
-"""The extents that will be wanted next, layer by layer, as far as one can tell; finite."""
-Outputs = Callable[[Stored], KVBlock | None]
+Following = Callable[[], Iterable[Entries]]
+"""What will be wanted next, layer by layer, as far as one can tell; finite."""
+Outputs = Callable[[Entry], KVBlock | None]
 """Where a decoder that computes may put an extent; `None` where a buffer must do."""
 
 
-@attrs.frozen(eq=False)
-class Loaded:
-    """A block of one extent or several neighbours, with the rows that it was written with."""
-
-    start: int
-    """Position of its first token."""
-    row_map: RowMap
-    block: KVBlock
-
-
 class BlockSource:
-    """For one cache and one thread."""
+    """For one cache and its forks, and one thread."""
 
     def __init__(
         self,
@@ -60,38 +51,40 @@ class BlockSource:
         layers: Sequence[int],
         lossless: bool,
         device: torch.device,
-        pins: Pins,
         counters: KVCounters,
     ) -> None:
         """Nothing is resident or read yet; arguments as of `KVSession`."""
         self._store = store
         self._strategy = strategy
         self._device = device
+        self._counters = counters
         staged = device.type == "cuda"
         keep = lossless and not store.in_memory
-        host = Residency(Share.even(plan.resident_bytes * keep, layers), device=torch.device("cpu"), staged=staged)
-        on_device = Residency(Share.even(plan.resident_bytes_device * keep, layers), device=device)
+        host = Residency(
+            Share.even(plan.resident_bytes * keep, len(layers)), device=torch.device("cpu"), staged=staged
+        )
+        on_device = Residency(Share.even(plan.resident_bytes_device * keep, len(layers)), device=device)
         self._tiers = (on_device, host) if staged else (host,)
         encoded = 0 if lossless or store.in_memory else plan.resident_bytes
-        self._encoded = EncodedResidency(Share.even(encoded, layers), pinned=staged)
+        self._encoded = EncodedResidency(Share.even(encoded, len(layers)), pinned=staged)
+        self._routes = RoutePlanner(self._tiers, self._encoded, in_files=store.storage is not None)
         self._decoded = Scratch(device)
         self._undo = ExitStack()
         self._reader: BlockReader | None = None
-        self._staging: Staging | None = None
+        self._ring: DeviceRing | None = None
+        self._parts: PartReader | None = None
         with ExitStack() as undo:  # until all is made
             if staged:
-                self._staging = Staging(device, READ_BYTES, CudaStreams(device))
-                undo.callback(self._staging.close)
+                self._ring = DeviceRing("Staging buffers", device, READ_BYTES, CudaStreams(device), count=_ON_THE_DEVICE)
+                undo.callback(self._ring.close)
             if not store.in_memory:
                 buffers = BufferPool("Read buffers", plan.read_buffers, READ_BYTES, pinned=staged)
                 undo.callback(buffers.close)
-                scheduler = store.storage.scheduler if store.storage else scheduler_of(None)
                 if store.storage is None:
+                    scheduler = scheduler_of(None)
                     undo.callback(scheduler.release)
-                self._reader = BlockReader(
-                    store, strategy=strategy, is_cold=functools.partial(_is_cold, (*self._tiers, self._encoded)),
-                    pins=pins, buffers=buffers, scheduler=scheduler, counters=counters,
-                )  # fmt: skip
+                submit = scheduler.submit if store.storage is None else store.storage.submit
+                self._reader = BlockReader(store, submit, strategy=strategy, buffers=buffers, counters=counters)
                 undo.callback(self._reader.cancel)
             self._undo = undo.pop_all()
 
@@ -108,7 +101,7 @@ class BlockSource:
     @property
     def buffer_bytes(self) -> int:
         """Memory of the buffers for reading and decoding."""
-        return self._decoded.nbytes + (0 if self._reader is None else self._reader.buffer_bytes)
+        return sum(part.buffer_bytes for part in (self._reader, self._parts) if part) + self._decoded.nbytes
 
     @property
     def reads_in_flight(self) -> int:
@@ -119,16 +112,13 @@ class BlockSource:
         """Keep a copy of what was just stored, where there is room."""
         any(tier.offer(extent, block) for tier in self._tiers)
 
-    def forget(self, extents: Sequence[Extent]) -> None:
-        """These were dropped: they are not resident any more."""
-        for extent in extents:
+    def forget(self, locations: Sequence[Location]) -> None:
+        """These are about to be freed: they are not resident any more, and nobody reads there."""
+        for location in locations:
             for tier in (*self._tiers, self._encoded):
-                tier.drop(extent)
-
-    def forget_reads(self, extents: Iterable[Extent]) -> None:
-        """These were dropped: what is read ahead of them is given up."""
+                tier.drop(location)
         if self._reader is not None:
-            self._reader.forget(extents)
+            self._reader.forget(locations)
 
     def cancel_reads(self) -> None:
         """Give up what is read ahead; afterwards nothing is being read."""
@@ -136,32 +126,61 @@ class BlockSource:
             self._reader.cancel()
 
     def blocks(
-        self, past: Sequence[Stored], layout: LayerLayout, following: Following, out: Outputs = lambda part: None
-    ) -> Generator[Loaded, None, None]:
-        """The keys and values of pinned extents of one layer, each valid until the next is asked for.
+        self, entries: Entries, following: Following, out: Outputs = lambda entry: None
+    ) -> Generator[Block, None, None]:
+        """The keys and values of pinned entries of one layer, each block valid until the next is asked for.
 
         Not in order of position: what is resident comes between what must be read, so that the disk is busy meanwhile.
 
         Args:
-            past: the extents, in order.
-            layout: what they must have.
+            entries: what is wanted.
             following: what will be asked for next.
-            out: where the result for an extent should be.
+            out: where the result for an entry should be.
         """
-        resident, encoded, cold = self._sort(past)
-        if cold:
-            resident = [piece for part in resident for piece in _slices(part, resident, len(cold))]
-        ready = [*map(self._on_device, resident), *(self._decode_resident(part, layout, out) for part in encoded)]
-        done = 0
-        with closing(self._load_cold(cold, layout, following, out)) as read:
-            for index in range(1, len(cold) + 2):  # once more than there are, for `read` to come to its end
-                due = index * len(ready) // (len(cold) + 1)
+        route = self._routes.route(entries)
+        ready = [*map(self._on_device, route.resident), *(self._decode_resident(entry, out) for entry in route.encoded)]
+        gaps, done = len(route.cold) + len(route.cut), 0
+        with closing(self._cold(route, following, out)) as read:
+            for index in range(1, gaps + 2):  # once more than there are, for `read` to come to its end
+                due = index * len(ready) // (gaps + 1)
                 for parts in ready[done:due]:
                     yield from parts
                 done = due
-                loaded = next(read, None)
-                if loaded is not None:
-                    yield loaded
+                yield from next(read, ())
+
+    def copy(self, entries: Entries, following: Following, keys: Tensor, values: Tensor) -> None:
+        """Copy pinned entries, as the rows of today, to their positions in `keys` and `values`
+        `[rows, kv_heads, tokens, size]`. What must be decoded is decoded there."""
+
+        def out(entry: Entry) -> KVBlock | None:
+            whole = entry.row_map is None and entry.extent.visible == entry.extent.key.tokens
+            span = slice(entry.start, entry.stop)
+            return KVBlock(keys[:, :, span], values[:, :, span]) if whole else None
+
+        for block in self.blocks(entries, following, out):
+            span = slice(block.start, block.stop)
+            for whole, part, scale in (
+                (keys, block.keys, block.key_scale),
+                (values, block.values, block.value_scale),
+            ):
+                target = whole[:, :, span]
+                if target.data_ptr() != part.data_ptr():
+                    target.copy_(take(part, block.row_map))
+                if scale != 1.0:
+                    target.mul_(scale)
+
+    def tensors(self, entry: Entry, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Keys and values of a pinned entry, as the rows of today, as tensors of their own."""
+        layout, rows = entry.extent.layout, entry.extent.key.rows if entry.row_map is None else len(entry.row_map)
+        keys, values = (
+            torch.empty(rows, layout.kv_heads, entry.extent.visible, size, dtype=layout.dtype, device=device)
+            for size in (layout.key_size, layout.value_size)
+        )
+        for block in self.blocks(Entries((entry,)), lambda: ()):
+            span = slice(block.start - entry.start, block.stop - entry.start)
+            keys[:, :, span] = take(block.keys, block.row_map) * block.key_scale
+            values[:, :, span] = take(block.values, block.row_map) * block.value_scale
+        return keys, values
 
     def close(self) -> None:
         """End all reading and forget what is resident. May be called twice."""
@@ -169,110 +188,92 @@ class BlockSource:
         for tier in (*self._tiers, self._encoded):
             tier.clear()
         self._decoded.close()
+        if self._parts is not None:
+            self._parts.close()
 
-    def _tier_of(self, extent: Extent) -> Residency | None:
-        return next((tier for tier in self._tiers if tier.holds(extent)), None)
+    def _cold(self, route: Route, following: Following, out: Outputs) -> Generator[Iterator[Block], None, None]:
+        """What must be read: for each run, or entry that is cut, its blocks."""
 
-    def _sort(self, past: Sequence[Stored]) -> tuple[list[Loaded], list[Stored], list[Stored]]:
-        """What is resident, neighbours joined; what is resident as it is stored; and what must be read."""
-        resident: list[Loaded] = []
-        encoded: list[Stored] = []
-        cold: list[Stored] = []
-        at = 0
-        while at < len(past):
-            part = past[at]
-            tier = self._tier_of(part.extent)
-            if tier is None:
-                (encoded if self._encoded.holds(part.extent) else cold).append(part)
-                at += 1
-                continue
-            same = itertools.takewhile(functools.partial(_has_same_rows, part), itertools.islice(past, at, None))
-            count, block = tier.run([neighbour.extent for neighbour in same])
-            resident.append(Loaded(part.start, part.row_map, block))
-            at += count
-        return resident, encoded, cold
+        def coming() -> Iterator[Run]:
+            return (run for entries in following() for run in self._routes.route(entries).runs)
 
-    def _load_cold(
-        self, cold: Sequence[Stored], layout: LayerLayout, following: Following, out: Outputs
-    ) -> Generator[Loaded, None, None]:
-        extents = [part.extent for part in cold]
+        for entry in route.cut:
+            yield self._read_part(entry)
+        raws = map(self._looked_up, route.runs) if self._reader is None else self._reader.read(route.runs, coming)
+        try:
+            for run, found in zip(route.cold, raws, strict=True):
+                yield self._decoded_run(run, found, out)
+        finally:
+            if isinstance(raws, Generator):
+                raws.close()
 
-        def next_layers() -> Iterator[Sequence[Extent]]:
-            return ([part.extent for part in layer] for layer in following())
+    def _decoded_run(self, run: Sequence[Entry], raws: Sequence[Tensor], out: Outputs) -> Iterator[Block]:
+        for entry, raw in zip(run, raws, strict=True):
+            self._encoded.offer(entry.extent, raw)
+            yield from self._decode(entry, raw, out, of_reader=True)
 
-        raws = self._look_up(extents) if self._reader is None else self._reader.read(extents, next_layers)
-        with closing(raws):
-            for (extent, raw), part in zip(raws, cold, strict=True):
-                self._encoded.offer(extent, raw)
-                yield from self._decode(part, raw, layout, out, of_reader=True)
-
-    def _decode_resident(self, part: Stored, layout: LayerLayout, out: Outputs) -> Iterator[Loaded]:
+    def _decode_resident(self, entry: Entry, out: Outputs) -> Iterator[Block]:
         """What is resident as it is stored."""
-        yield from self._decode(part, self._encoded.raw(part.extent), layout, out)
+        yield from self._decode(entry, self._encoded.raw(entry.extent), out)
 
-    def _decode(
-        self, part: Stored, raw: Tensor, layout: LayerLayout, out: Outputs, *, of_reader: bool = False
-    ) -> Iterator[Loaded]:
-        extent = part.extent
+    def _decode(self, entry: Entry, raw: Tensor, out: Outputs, *, of_reader: bool = False) -> Iterator[Block]:
+        extent = entry.extent
         with self._staged([raw], of_reader=of_reader) as (staged,):
-            place = out(part)
-            scratch = self._decoded.block(extent, layout) if place is None else None
+            place = out(entry)
+            scratch = self._decoded.block(extent) if place is None else None
             block = self._store.decode(extent, staged, place or scratch)
-            self._check_block(extent, layout, block)
+            self._check_block(extent, block)
             if scratch is not None:
                 self._decoded.used(block)
-            yield Loaded(part.start, part.row_map, block)
+            seen = slice(0, extent.visible)
+            whole = extent.visible == extent.key.tokens
+            yield Block(
+                entry.start,
+                block.keys if whole else block.keys[:, :, seen],
+                block.values if whole else block.values[:, :, seen],
+                entry.row_map,
+                block.key_scale,
+                block.value_scale,
+            )
 
-    def _look_up(self, extents: Sequence[Extent]) -> Generator[tuple[Extent, Tensor], None, None]:
+    def _read_part(self, entry: Entry) -> Iterator[Block]:
+        """Only what is visible of an extent."""
+        if self._parts is None:
+            assert self._store.storage is not None
+            self._parts = PartReader(self._store.storage)
+        extent = entry.extent
+        (block,) = self._parts.read([Part(extent, range(extent.layout.kv_heads), range(extent.visible))])
+        self._counters.loaded_bytes += block.keys.nbytes + block.values.nbytes
+        yield from self._on_device(Block(entry.start, block.keys, block.values, entry.row_map))
+
+    def _looked_up(self, run: Run) -> list[Tensor]:
         """What a store has in memory."""
-        for extent in extents:
-            raw = self._store.read(extent)
+        raws = [self._store.read(extent) for extent in run]
+        for extent, raw in zip(run, raws, strict=True):
             check_raw(self._strategy, extent, raw)
-            yield extent, raw
+        return raws
 
-    def _on_device(self, part: Loaded) -> Iterator[Loaded]:
-        """A resident block where attention can use it."""
-        with self._staged([part.block.keys, part.block.values]) as (keys, values):
-            yield Loaded(part.start, part.row_map, KVBlock(keys, values))
+    def _on_device(self, block: Block) -> Iterator[Block]:
+        """A block in memory where attention can use it."""
+        with self._staged([block.keys, block.values]) as (keys, values):
+            yield Block(block.start, keys, values, block.row_map)
 
     @contextmanager
     def _staged(self, tensors: Sequence[Tensor], *, of_reader: bool = False) -> Iterator[Sequence[Tensor]]:
         """Tensors on the device: they themselves, unless they are somewhere else."""
-        if self._staging is None or tensors[0].device == self._device:
+        if self._ring is None or tensors[0].device == self._device:
             yield tensors
             return
-        with self._staging.on_device(tensors) as (staged, wait_until_copied):
+        with self._ring.copy(tensors) as copied:
             if of_reader and self._reader is not None:
-                self._reader.in_use_until(wait_until_copied)
-            yield staged
+                self._reader.in_use_until(copied.wait_until_copied)
+            yield copied.tensors
 
-    def _check_block(self, extent: Extent, layout: LayerLayout, block: KVBlock) -> None:
-        shape = (extent.rows, layout.kv_heads, extent.tokens)
+    def _check_block(self, extent: Extent, block: KVBlock) -> None:
+        layout, shape = extent.layout, (extent.key.rows, extent.layout.kv_heads, extent.key.tokens)
         for name, tensor, size in (("keys", block.keys, layout.key_size), ("values", block.values, layout.value_size)):
             if tensor.shape != (*shape, size) or tensor.dtype != layout.dtype:
                 raise StoreContractError(
                     f"KV store '{self._strategy}': decode() of {extent} gave {name} {tuple(tensor.shape)} "
                     f"{tensor.dtype}, expected {(*shape, size)} {layout.dtype}."
                 )
-
-
-def _is_cold(tiers: Sequence[Residency | EncodedResidency], extent: Extent) -> bool:
-    return not any(tier.holds(extent) for tier in tiers)
-
-
-def _has_same_rows(part: Stored, other: Stored) -> bool:
-    return part.row_map is other.row_map
-
-
-def _slices(part: Loaded, resident: Sequence[Loaded], gaps: int) -> Iterator[Loaded]:
-    """A resident part as several, so that there is about one for every gap between reads: while attention computes
-    with a large one, all buffers would fill up and the disk would stand still."""
-    tokens = part.block.keys.shape[2]
-    in_all = sum(other.block.keys.shape[2] for other in resident)
-    per_token = (part.block.keys.nbytes + part.block.values.nbytes) // tokens
-    size = max(-(-in_all // (gaps + 1)), _LEAST_SLICE_BYTES // per_token, 1)
-    for start in range(0, tokens, size):
-        span = slice(start, min(start + size, tokens))
-        yield Loaded(
-            part.start + start, part.row_map, KVBlock(part.block.keys[:, :, span], part.block.values[:, :, span])
-        )

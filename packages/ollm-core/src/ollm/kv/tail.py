@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -68,12 +70,13 @@ def _room_for(like: Tensor, tokens: int) -> Tensor:
 
 
 class Pending:
-    """The tail with new tokens behind it, as if they were one, without joining them."""
+    """A tail with new tokens behind it, as if they were one, without joining them."""
 
-    def __init__(self, tail: Tail, keys: Tensor, values: Tensor) -> None:
-        self.tokens = tail.tokens + keys.shape[2]
-        self._border = tail.tokens
-        self._parts = ([(tail.keys, tail.values)] if tail.tokens else []) + [(keys, values)]
+    def __init__(self, parts: Sequence[tuple[Tensor, Tensor]]) -> None:
+        """Keys and values, in order of position."""
+        self.tokens = sum(keys.shape[2] for keys, _ in parts)
+        self.rows = parts[0][0].shape[0]
+        self._parts = parts
 
     def slice(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
         """Keys and values of tokens `start … stop - 1`: views, but copies where the slice spans the border."""

@@ -1,35 +1,34 @@
 """The record: a 4 KiB header block, then the payload, padded to 4 KiB. Every read compares the header.
 
-A read compares the header with what was asked for, so that a misplaced or stale record is noticed, not only a
-damaged one. This module knows bytes and numbers, not files or tensors.
+A read compares the header with what was asked for, so that a misplaced or stale record is noticed, not only a damaged
+one. The header holds a hash for each piece of the payload, so that a part can be verified without the rest. This module
+knows bytes and numbers, not files or tensors.
 """
 
 from __future__ import annotations
 
+import itertools
 import struct
 
-import attrs
 import xxhash
 
-from ollm.contracts.kv import Extent
+from ollm.contracts.blocks import BlockKey, Extent, KVLayout, Location
 from ollm.errors import CorruptDataError
 from ollm.io.buffers import ALIGNMENT
 
 MAGIC = b"OKVR"
-RECORD_VERSION = 1
+RECORD_VERSION = 2
 STORE_ID_BYTES = 16
 
-# magic, version, dtype code, layer, rows, tokens, start, payload length, store id, payload hash; then header checksum
-_FIELDS = struct.Struct("<4sHHIIIQQ16sQ")
-_CHECKSUM = struct.Struct("<Q")
+# magic, version, dtype code, encoded, layer, branch, rows, tokens, heads, key and value size, start, length, store id
+_FIELDS = struct.Struct("<4sHBBIIIIIIIQQ16s")
+_HASH = struct.Struct("<Q")
+_ZEROS = bytes(ALIGNMENT)
 
-HEADER_BYTES = _FIELDS.size + _CHECKSUM.size
-"""Of a header block; the rest are zeros."""
-
-_ZEROS = bytes(ALIGNMENT - HEADER_BYTES)
+_LEAST_PIECE_BYTES = 64 * 2**10
+_MOST_PIECES = (ALIGNMENT - _FIELDS.size - _HASH.size) // _HASH.size
 
 DTYPE_CODES = {
-    "opaque": 0,
     "float32": 1,
     "float16": 2,
     "bfloat16": 3,
@@ -39,98 +38,91 @@ DTYPE_CODES = {
     "int8": 7,
     "uint8": 8,
 }
-"""Codes of payload dtypes. `opaque`: the store's own encoding, which only it can read."""
+"""Codes of the dtypes of keys and values."""
 
 _DTYPES = {code: name for name, code in DTYPE_CODES.items()}
 
 
-@attrs.frozen(kw_only=True)
-class RecordHeader:
-    """What a record says about itself, and what a reader asks for."""
-
-    store_id: bytes
-    dtype: str
-    layer: int
-    start: int
-    tokens: int
-    rows: int
-    payload_bytes: int
+def piece_bytes(payload_bytes: int) -> int:
+    """How many bytes of such a payload share a hash: 64 KiB, or the least power of two above that with which the
+    hashes of all pieces fit into the header block."""
+    size = _LEAST_PIECE_BYTES
+    while size * _MOST_PIECES < payload_bytes:
+        size *= 2
+    return size
 
 
-def payload_hash(payload: memoryview) -> int:
-    """xxh3-64 of the payload."""
-    return xxhash.xxh3_64_intdigest(payload)
-
-
-def encode_header(header: RecordHeader, payload_digest: int) -> bytes:
-    """The header block: `ALIGNMENT` bytes, zeros after the checksum."""
-    body = _FIELDS.pack(
-        MAGIC,
-        RECORD_VERSION,
-        DTYPE_CODES[header.dtype],
-        header.layer,
-        header.rows,
-        header.tokens,
-        header.start,
-        header.payload_bytes,
-        header.store_id,
-        payload_digest,
-    )
-    return (body + _CHECKSUM.pack(xxhash.xxh3_64_intdigest(body))).ljust(ALIGNMENT, b"\0")
-
-
-def decode_header(block: memoryview) -> tuple[RecordHeader, int]:
-    """What a header block says, and the payload hash that it states.
-
-    Raises:
-        CorruptDataError: when the block is damaged or of another version.
-    """
-    body = bytes(block[: _FIELDS.size])
-    (checksum,) = _CHECKSUM.unpack(block[_FIELDS.size : HEADER_BYTES])
-    if checksum != xxhash.xxh3_64_intdigest(body) or bytes(block[HEADER_BYTES:]) != _ZEROS:
-        raise CorruptDataError("the record header is damaged")
-    magic, version, code, layer, rows, tokens, start, length, store_id, digest = _FIELDS.unpack(body)
-    if magic != MAGIC or version != RECORD_VERSION:
-        raise CorruptDataError(f"not a record of version {RECORD_VERSION} (found {magic!r}, version {version})")
-    if code not in _DTYPES:
-        raise CorruptDataError(f"the record has the unknown dtype code {code}")
-    header = RecordHeader(
-        store_id=store_id, dtype=_DTYPES[code], layer=layer, start=start, tokens=tokens, rows=rows,
-        payload_bytes=length,
+def identity(store_id: bytes, key: BlockKey, layout: KVLayout, location: Location) -> bytes:
+    """What the header of a record begins with: all that a reader knows of it beforehand."""
+    return _FIELDS.pack(
+        MAGIC, RECORD_VERSION, DTYPE_CODES[layout.dtype_name], location.encoded, key.layer, key.branch, key.rows,
+        key.tokens, layout.kv_heads, layout.key_size, layout.value_size, key.start, location.nbytes, store_id,
     )  # fmt: skip
-    return header, int(digest)
 
 
-def is_header(record: memoryview, header: bytes) -> bool:
-    """Whether a record begins with just this header, of `HEADER_BYTES`, in its block."""
-    return bytes(record[:HEADER_BYTES]) == header and bytes(record[HEADER_BYTES:ALIGNMENT]) == _ZEROS
+def make_header(begins: bytes, payload: memoryview) -> bytes:
+    """The header of a record without the zeros behind it.
+
+    Args:
+        begins: its `identity`.
+        payload: all of it.
+    """
+    size = piece_bytes(len(payload))
+    hashes = (xxhash.xxh3_64_intdigest(payload[at : at + size]) for at in range(0, len(payload), size))
+    body = begins + b"".join(map(_HASH.pack, hashes))
+    return body + _HASH.pack(xxhash.xxh3_64_intdigest(body))
 
 
-def check_header(block: memoryview, asked: RecordHeader) -> int:
-    """Compare a header block with what was asked for; returns the payload hash that it states.
+def checksum(header: bytes) -> int:
+    """Of a header without the zeros behind it: stands for all that the record holds."""
+    (found,) = _HASH.unpack(header[-_HASH.size :])
+    return int(found)
+
+
+def is_header(block: memoryview, header: bytes) -> bool:
+    """Whether a header block holds just this header."""
+    return block[: len(header)] == header and block[len(header) :] == _ZEROS[: ALIGNMENT - len(header)]
+
+
+def check_header(block: memoryview, begins: bytes) -> bytes:
+    """The header in a header block, without the zeros behind it, once it is what was asked for.
 
     Raises:
         CorruptDataError: when the block is damaged, of another version, or describes another record.
     """
-    found, digest = decode_header(block)
-    if found != asked:
-        raise CorruptDataError(
-            f"another record lies here: layer {found.layer}, tokens {found.start}..{found.start + found.tokens}, "
-            f"{found.rows} rows, {found.payload_bytes} bytes of {found.dtype}"
-            + ("" if found.store_id == asked.store_id else ", of another cache")
-        )
-    return digest
+    found = bytes(block[: _FIELDS.size])
+    magic, version, *_, length, _ = _FIELDS.unpack(found)
+    if magic != MAGIC or version != RECORD_VERSION:
+        raise CorruptDataError(f"not a record of version {RECORD_VERSION} (found {magic!r}, version {version})")
+    pieces = -(-length // piece_bytes(length)) if length <= 2**62 else _MOST_PIECES + 1
+    end = _FIELDS.size + _HASH.size * (pieces + 1)
+    header = bytes(block[: min(end, ALIGNMENT)])
+    if end > ALIGNMENT or xxhash.xxh3_64_intdigest(header[: -_HASH.size]) != checksum(header):
+        raise CorruptDataError("the record header is damaged")
+    if not is_header(block, header):
+        raise CorruptDataError("the record header is damaged")
+    if found != begins:
+        raise CorruptDataError(f"another record lies here: {_described(found, begins)}")
+    return header
 
 
-def check_record(record: memoryview, asked: RecordHeader, *, payload: bool) -> None:
-    """Compare a record's header, and with `payload` its payload's hash, too.
+def check_payload(payload: memoryview, header: bytes, *, at: int = 0) -> None:
+    """Compare pieces of a payload with their hashes.
+
+    Args:
+        payload: whole pieces, or all that there is behind the first.
+        header: of the record, sound.
+        at: the byte of the payload that these begin at.
 
     Raises:
-        CorruptDataError: says what does not match.
+        CorruptDataError: one does not match.
     """
-    digest = check_header(record[:ALIGNMENT], asked)
-    if payload and payload_hash(record[ALIGNMENT : ALIGNMENT + asked.payload_bytes]) != digest:
-        raise CorruptDataError("the payload does not match its hash")
+    length = _FIELDS.unpack(header[: _FIELDS.size])[-2]
+    size = piece_bytes(length)
+    for number, place in zip(itertools.count(at // size), range(0, len(payload), size), strict=False):
+        (stated,) = _HASH.unpack_from(header, _FIELDS.size + number * _HASH.size)
+        if xxhash.xxh3_64_intdigest(payload[place : place + size]) != stated:
+            raise CorruptDataError(f"piece {number} of the payload does not match its hash")
 
 
 def padded(nbytes: int) -> int:
@@ -143,6 +135,20 @@ def record_bytes(payload_bytes: int) -> int:
     return ALIGNMENT + padded(payload_bytes)
 
 
-def record_span(extent: Extent) -> tuple[int, int]:
-    """Where the record of an extent begins and ends in its segment, header and padding included."""
-    return extent.offset - ALIGNMENT, extent.offset + padded(extent.nbytes)
+def record_span(location: Location) -> tuple[int, int]:
+    """Where a record begins and ends in its segment, header and padding included."""
+    return location.offset - ALIGNMENT, location.offset + padded(location.nbytes)
+
+
+def run_span(extents: list[Extent] | tuple[Extent, ...]) -> tuple[int, int]:
+    """Where the first of some records that are neighbours begins, and where the last one ends."""
+    return record_span(extents[0].location)[0], record_span(extents[-1].location)[1]
+
+
+def _described(found: bytes, asked: bytes) -> str:
+    _, _, code, _, layer, branch, rows, tokens, _, _, _, start, length, store_id = _FIELDS.unpack(found)
+    return (
+        f"layer {layer}, tokens {start}..{start + tokens}, {rows} rows, {length} bytes of {_DTYPES.get(code, code)}"
+        + (f", of branch {branch}" if branch else "")
+        + ("" if asked.endswith(store_id) else ", of another cache")
+    )

@@ -1,39 +1,40 @@
-"""`Segment`: one file of records, which of them are held, and their bytes checked on the way in and out.
+"""`Segment`: one file of records, which bytes of it are taken, and the bytes checked on the way in and out.
 
-Space behind the last held record is free again. Not thread-safe but for `write` and `read`: the storage's lock is held
-around every other call.
+Space behind the last record is free again. Knows places, not positions: which tokens are where is the block table's
+business. Not thread-safe but for `write` and `read`: the storage's lock is held around every other call.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
 import attrs
+from torch import Tensor
 
-from ollm.contracts.kv import Extent
+from ollm.contracts.blocks import Extent, Location
+from ollm.contracts.storage import Pieces
 from ollm.errors import CorruptDataError, StorageError
-from ollm.io.buffers import ALIGNMENT, aligned_buffer
-from ollm.storage import shim
-from ollm.storage.datafile import DataFile
+from ollm.io import shim
+from ollm.io.buffers import ALIGNMENT, tensor_bytes
+from ollm.io.files import DataFile
 from ollm.storage.records import (
-    HEADER_BYTES,
-    RecordHeader,
-    check_record,
-    decode_header,
-    encode_header,
+    check_header,
+    check_payload,
+    checksum,
+    identity,
     is_header,
+    make_header,
     padded,
-    payload_hash,
     record_span,
+    run_span,
 )
 from ollm.storage.room import reason
-from ollm.storage.tensors import tensor_bytes
 
-Rescue = Callable[[Extent, memoryview], bool]
-"""Fills a record from memory if the disk does not have it; says whether it did."""
+Rescue = Callable[[Location, memoryview, int], bool]
+"""Fills a part of a record, from that byte on, from memory if the disk does not have it; says whether it did."""
 
 
 class Moved:
@@ -50,71 +51,79 @@ class Moved:
             self.written += written
 
 
-@attrs.define
-class _Held:
-    """A record that somebody may still read."""
+@attrs.define(eq=False)
+class _Record:
+    """What is known of the bytes of a place that is taken."""
 
-    written: Extent
-    dtype: str
+    location: Location
+    committed: int | None = None
+    """What a manifest says that the checksum of the header is."""
     header: bytes | None = None
-    """What stands in front of it, once it was given to the disk: a read compares it, for that takes less than to
-    understand it. The zeros behind it are left out."""
+    """What stands in front of them, once it was given to the disk or read from there: a read compares it, for that
+    takes less than to understand it. The zeros behind it are left out."""
     verified: bool = False
-
-    def is_of(self, extent: Extent) -> bool:
-        """Whether this is its record, or it a trimmed part of it."""
-        return extent == self.written or (
-            extent.tokens <= self.written.tokens
-            and attrs.evolve(extent, tokens=self.written.tokens) == self.written
-        )  # fmt: skip
+    """Whether all of the payload was read and had the right hashes."""
 
 
 class Segment:
     """The file of one segment number."""
 
-    def __init__(self, number: int, path: Path, file: DataFile, *, store_id: bytes, verify: str) -> None:
+    def __init__(self, path: Path, file: DataFile, *, store_id: bytes, verify: str) -> None:
         self.file = file
-        self._number = number
         self.end = 0
         """Where the next record goes."""
         self._path = path
         self._store_id = store_id
         self._verify = verify
-        self._held: dict[int, _Held] = {}
+        self._records: dict[int, _Record] = {}
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether no byte is taken."""
+        return not self._records
 
     def is_free(self, start: int, stop: int) -> bool:
-        """Whether no record that is held has any of these bytes."""
+        """Whether none of these bytes is taken."""
         if start >= self.end:
             return True
-        spans = (record_span(held.written) for held in self._held.values())
+        spans = (record_span(record.location) for record in self._records.values())
         return all(stop <= low or high <= start for low, high in spans)
 
-    def hold(self, extent: Extent, dtype: str) -> None:
-        """From now on there is this record."""
-        self.end = max(self.end, record_span(extent)[1])
-        self._held[extent.offset] = _Held(extent, dtype)
+    def take(self, location: Location, *, committed: int | None = None) -> None:
+        """From now on there is a record."""
+        self.end = max(self.end, record_span(location)[1])
+        self._records[location.offset] = _Record(location, committed)
 
-    def let_go(self, extents: Iterable[Extent]) -> None:
-        """Nobody reads these records any more; those that are not held are ignored. Cuts the file to what is held:
-        bytes behind it are never read, so that failing to do so only costs space."""
-        for extent in extents:
-            self._held.pop(extent.offset, None)
-        self.end = max((record_span(held.written)[1] for held in self._held.values()), default=0)
+    def let_go(self, locations: Iterable[Location]) -> None:
+        """Nobody reads these records any more; those that are not here are ignored. Cuts the file behind the last one:
+        bytes there are never read, so that failing to do so only costs space."""
+        for location in locations:
+            self._records.pop(location.offset, None)
+        self.end = max((record_span(record.location)[1] for record in self._records.values()), default=0)
         with suppress(OSError):
             shim.disk.truncate(self.file.fd, self.end)
 
-    def write(self, extent: Extent, dtype: str, record: memoryview) -> None:
+    def checksum(self, location: Location) -> int:
+        """That of the header of a record that is on the disk: stands for all that it holds."""
+        record = self._records[location.offset]
+        if record.header is not None:
+            return checksum(record.header)
+        assert record.committed is not None  # adopted, and not read since
+        return record.committed
+
+    def write(self, extent: Extent, record: memoryview) -> None:
         """Put the header in front of the payload that is in `record` already, and all of it on the disk.
 
         Raises:
             OSError: as the system says.
         """
-        digest = payload_hash(record[ALIGNMENT : ALIGNMENT + extent.nbytes])
-        header = record[:ALIGNMENT] = encode_header(self._header(extent, dtype), digest)
-        held = self._held.get(extent.offset)
-        if held is not None and held.written == extent:  # else it was released meanwhile
-            held.header = header[:HEADER_BYTES]
-        self.file.write(record, extent.offset - ALIGNMENT)
+        location = extent.location
+        header = make_header(self._identity(extent), record[ALIGNMENT : ALIGNMENT + location.nbytes])
+        record[:ALIGNMENT] = header.ljust(ALIGNMENT, b"\0")
+        taken = self._records.get(location.offset)
+        if taken is not None and taken.location is location:  # else it was freed meanwhile
+            taken.header = header
+        self.file.write(record, location.offset - ALIGNMENT)
 
     def read(self, extents: Sequence[Extent], view: memoryview, rescue: Rescue) -> None:
         """Fill `view` with the records of adjacent extents.
@@ -123,44 +132,49 @@ class Segment:
             CorruptDataError: when another, a damaged or an incomplete record lies there.
             StorageError: when the system cannot read.
         """
-        held = [self._held.get(extent.offset) for extent in extents]
-        for extent, known in zip(extents, held, strict=True):
-            if known is None or not known.is_of(extent):
-                raise CorruptDataError(f"{self.where(extent)} is not in this storage.")
-        begin = record_span(extents[0])[0]
-        records = [view[start - begin : stop - begin] for start, stop in map(record_span, extents)]
-        rescued = [rescue(extent, record) for extent, record in zip(extents, records, strict=True)]
+        known = [self._record(extent) for extent in extents]
+        begin, _ = run_span(tuple(extents))
+        spans = [record_span(extent.location) for extent in extents]
+        records = [view[start - begin : stop - begin] for start, stop in spans]
+        rescued = [rescue(extent.location, record, 0) for extent, record in zip(extents, records, strict=True)]
         if not any(rescued):
             self._fill(view, begin, extents[-1])
-        for extent, known, record, done in zip(extents, held, records, rescued, strict=True):
-            assert known is not None
+        for extent, record, (start, _), content, done in zip(extents, known, spans, records, rescued, strict=True):
             if any(rescued) and not done:
-                self._fill(record, record_span(extent)[0], extent)
-            self._check(extent, known, record)
+                self._fill(content, start, extent)
+            self._check(extent, record, content)
 
-    def frames(self) -> Iterator[Extent]:
-        """The records that the file itself tells of, from its beginning, until one that is damaged, cut off or of
-        another cache. Knows nothing of which of them are held."""
-        offset = 0
-        while True:
-            block = tensor_bytes(aligned_buffer(ALIGNMENT))
-            try:
-                self.file.read(block, offset)
-                header, _ = decode_header(block)
-                whole = tensor_bytes(aligned_buffer(ALIGNMENT + padded(header.payload_bytes)))
-                self.file.read(whole, offset)
-                check_record(whole, attrs.evolve(header, store_id=self._store_id), payload=True)
-            except (EOFError, CorruptDataError):
-                return
-            yield Extent(
-                header.layer, header.start, header.tokens, header.rows, header.payload_bytes,
-                self._number, offset + ALIGNMENT,
-            )  # fmt: skip
-            offset += len(whole)
+    def read_pieces(self, pieces: Pieces, buffer: Tensor, rescue: Rescue) -> Tensor:
+        """The bytes of some pieces of a block, in a buffer that is as long, rounded up to blocks of the disk.
+
+        Raises:
+            CorruptDataError, StorageError: as `read`.
+        """
+        extent, offset = pieces.extent, pieces.extent.location.offset
+        record = self._record(extent)
+        if record.header is None:  # of an earlier store, and not read since
+            block = tensor_bytes(buffer)[:ALIGNMENT]
+            self._fill(block, offset - ALIGNMENT, extent)
+            self._check(extent, record, block, payload=False)
+        length = pieces.stop - pieces.start
+        content = tensor_bytes(buffer)[: padded(length)]
+        if not rescue(extent.location, content, ALIGNMENT + pieces.start):
+            self._fill(content, offset + pieces.start, extent)
+        self._trust(extent, lambda: self._compare_pieces(extent, record, content[:length], pieces.start))
+        return buffer[:length]
 
     def where(self, extent: Extent) -> str:
         """An extent, for messages."""
-        return f"Layer {extent.layer}, tokens {extent.start}..{extent.stop}, in {self._path} at {extent.offset}"
+        return f"{str(extent).capitalize()}, in {self._path} at {extent.location.offset}"
+
+    def _record(self, extent: Extent) -> _Record:
+        record = self._records.get(extent.location.offset)
+        if record is None or record.location != extent.location:
+            raise CorruptDataError(f"{self.where(extent)} is not in this storage.")
+        return record
+
+    def _identity(self, extent: Extent) -> bytes:
+        return identity(self._store_id, extent.key, extent.layout, extent.location)
 
     def _fill(self, view: memoryview, offset: int, extent: Extent) -> None:
         try:
@@ -170,31 +184,43 @@ class Segment:
         except OSError as error:
             raise StorageError(f"Cannot read {self.where(extent)}: {reason(error)}.") from error
 
-    def _check(self, extent: Extent, held: _Held, record: memoryview) -> None:
+    def _check(self, extent: Extent, known: _Record, content: memoryview, *, payload: bool = True) -> None:
         """Compare a record with what was asked for, and its payload as `verify` says."""
-        payload = self._verify == "always" or (self._verify == "first" and not held.verified)
-        as_written = held.header is not None and is_header(record, held.header)
-        if as_written and not payload:
-            return
+        payload = payload and (self._verify == "always" or (self._verify == "first" and not known.verified))
+        begins, block = self._identity(extent), content[:ALIGNMENT]
+
+        def compare() -> None:
+            header = known.header
+            if header is None or not header.startswith(begins) or not is_header(block, header):
+                found = check_header(block, begins)
+                if header is not None or known.committed not in (None, checksum(found)):
+                    raise CorruptDataError("the record was replaced by another one that looks like it")
+                known.header = found
+            if payload:
+                assert known.header is not None
+                check_payload(content[ALIGNMENT : ALIGNMENT + extent.location.nbytes], known.header)
+
+        self._trust(extent, compare)
+        known.verified = known.verified or payload
+
+    def _compare_pieces(self, extent: Extent, record: _Record, content: memoryview, at: int) -> None:
+        header = record.header or b""
+        if not header.startswith(self._identity(extent)):
+            raise CorruptDataError("another record lies here")
+        if self._verify != "never":
+            check_payload(content, header, at=at)
+
+    def _trust(self, extent: Extent, compare: Callable[[], None]) -> None:
         try:
-            check_record(record, self._header(held.written, held.dtype), payload=payload)
-            if held.header is not None and not as_written:
-                raise CorruptDataError("the record was replaced by another one that looks like it")
+            compare()
         except CorruptDataError as error:
             raise CorruptDataError(
                 f"{self.where(extent)} cannot be trusted: {error}. The disk or another program changed it; "
                 "start the generation again."
             ) from None
-        held.verified = held.verified or payload
-
-    def _header(self, extent: Extent, dtype: str) -> RecordHeader:
-        return RecordHeader(
-            store_id=self._store_id, dtype=dtype, layer=extent.layer, start=extent.start, tokens=extent.tokens,
-            rows=extent.rows, payload_bytes=extent.nbytes,
-        )  # fmt: skip
 
 
-def write_record(segment: Segment, extent: Extent, dtype: str, record: memoryview, moved: Moved) -> None:
+def write_record(segment: Segment, extent: Extent, record: memoryview, moved: Moved) -> None:
     """What a worker does with a record."""
-    segment.write(extent, dtype, record)
+    segment.write(extent, record)
     moved.add(written=len(record))

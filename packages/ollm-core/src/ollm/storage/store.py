@@ -1,87 +1,83 @@
-"""`SegmentedStore`: what every store on `SegmentedStorage` has in common. A subclass says where records go.
+"""`SegmentedStore`: what every store over a storage of records has in common. A subclass says where records go.
 
-Keeps the lists of extents and the layouts of layers. Knows nothing of bytes on disk, which are the storage's, nor of
-when something is read.
+Knows nothing of bytes on disk, which are the storage's, nor of which tokens are where, or when something is read.
 """
 
 from __future__ import annotations
 
-from abc import abstractmethod
-from collections.abc import Sequence
+import itertools
+from collections.abc import Hashable, Sequence
 
 from torch import Tensor
 
-from ollm.contracts.kv import Extent, KVBlock, KVStore
-from ollm.storage.segments import SegmentedStorage
-from ollm.storage.tensors import LayerLayout, unpack
+from ollm.contracts.blocks import BlockKey, Extent, KVBlock, KVLayout, Location
+from ollm.contracts.kv import KVStore
+from ollm.contracts.storage import Storage
+from ollm.storage.tensors import unpack
 
 
 class SegmentedStore(KVStore):
     """A store that keeps keys and values as they are, or as its `encode` and `decode` make them."""
 
-    storage: SegmentedStorage
+    storage: Storage
 
-    def __init__(self, storage: SegmentedStorage) -> None:
+    def __init__(self, storage: Storage) -> None:
         self.storage = storage
-        self._extents: dict[int, tuple[Extent, ...]] = {}
-        self._layouts: dict[int, LayerLayout] = {}
+        self._numbers: dict[Hashable, int] = {}  # of files that hold something
 
-    @abstractmethod
-    def place(self, layer: int, layout: LayerLayout, rows: int) -> tuple[int, int | None]:
-        """Where the next record of a layer goes: a segment's number, and the byte in it where the record begins, or
-        `None` for behind all others. Changes nothing: `placed` is called once the record is there.
+    def file(self, key: BlockKey, layout: KVLayout) -> Hashable:
+        """Which records share a file: those for which this is equal. By default those of one layer and branch, so that
+        what a fork wrote goes with it. Depends on nothing but its arguments."""
+        return key.layer, key.branch
+
+    def place(self, key: BlockKey, layout: KVLayout) -> tuple[int, int | None]:
+        """Where the next record goes: the number of a file, by default that of `file`, and the byte in it where the
+        record begins, or `None` for behind all others. Changes nothing: `placed` is called once the record is there.
 
         That byte is a multiple of 4096 and may lie behind the end of the file. A record takes
-        `storage.record_bytes(payload_bytes)` bytes; its payload, which `Extent.offset` names, begins 4096 bytes later.
-        How many tokens it will hold is not known here: a store that reckons with places sets `extent_tokens`, and a
-        record then takes at most `storage.record_bytes(layout.nbytes(rows, extent_tokens))`.
+        `storage.record_bytes(payload_bytes)` bytes; its payload, which `Location.offset` names, begins 4096 bytes
+        later. A store that reckons with places sets `extent_tokens`, and a record then takes at most
+        `storage.record_bytes(layout.nbytes(rows, extent_tokens))`.
         """
+        return self.number(self.file(key, layout)), None
 
     def placed(self, extent: Extent) -> None:
-        """A record went where `place` said. `layout` knows its layer already, `extents` does not list it yet. Default:
-        nothing."""
+        """A record went where `place` said, or is where an earlier store put it. Default: nothing."""
 
-    def encode(self, keys: Tensor, values: Tensor) -> tuple[Sequence[Tensor], str]:
-        """The tensors that make the payload of a record, and its dtype code. Default: both as they are."""
-        return [keys, values], LayerLayout.of(keys, values).dtype_name
+    def encode(self, block: KVBlock) -> Sequence[Tensor] | None:
+        """The tensors that are written in place of a block, one behind the other; `None`, the default, to keep it as it
+        is. A store that overrides this also overrides `decode`."""
+        return None
 
-    def append(self, layer: int, keys: Tensor, values: Tensor) -> None:
-        layout = LayerLayout.of(keys, values)
-        before = self.extents(layer)
-        payload, dtype = self.encode(keys, values)
-        segment, at = self.place(layer, layout, keys.shape[0])
-        extent = self.storage.write(
-            payload,
-            segment=segment,
-            layer=layer,
-            start=before[-1].stop if before else 0,
-            tokens=keys.shape[2],
-            rows=keys.shape[0],
-            dtype=dtype,
-            at=at,
-        )
-        self._layouts[layer] = layout
-        self.placed(extent)
-        self._extents[layer] = (*before, extent)
+    def number(self, file: Hashable) -> int:
+        """The number of a file that is called so: a free one, if nothing is in it yet."""
+        if file in self._numbers:
+            return self._numbers[file]
+        taken = set(self._numbers.values())
+        return next(number for number in itertools.count() if number not in taken)
 
-    def layout(self, layer: int) -> LayerLayout:
-        """What the last keys and values of a layer had."""
-        return self._layouts[layer]
-
-    def extents(self, layer: int) -> tuple[Extent, ...]:
-        return self._extents.get(layer, ())
+    def write(self, block: KVBlock, key: BlockKey) -> Location:
+        layout = block.layout
+        encoded = self.encode(block)
+        segment, at = self.place(key, layout)
+        location = self.storage.write(block, key, segment=segment, at=at, encoded=encoded)
+        self._note(Extent.of(key, layout, location))
+        return location
 
     def decode(self, extent: Extent, raw: Tensor, out: KVBlock | None) -> KVBlock:
-        return unpack(self._layouts[extent.layer], extent, raw)
+        return unpack(extent, raw)
 
-    def truncate(self, layer: int, length: int) -> None:
-        self._extents[layer] = tuple(extent for extent in self.extents(layer) if extent.stop <= length)
-
-    def evict(self, layer: int, extents: Sequence[Extent]) -> None:
-        gone = set(extents)
-        self._extents[layer] = tuple(extent for extent in self.extents(layer) if extent not in gone)
-
-    def release(self, extents: Sequence[Extent]) -> None:
+    def free(self, locations: Sequence[Location]) -> None:
         """Give their bytes back to the storage. Whoever overrides this calls it, too. Called, as every method but
-        `read`, on the thread that appends."""
-        self.storage.release(extents)
+        `decode`, on the thread that writes."""
+        self.storage.free(locations)
+        self._numbers = {file: number for file, number in self._numbers.items() if self.storage.holds(number)}
+
+    def adopt(self, extents: Sequence[Extent]) -> None:
+        self.storage.adopt(extents)
+        for extent in extents:
+            self._note(extent)
+
+    def _note(self, extent: Extent) -> None:
+        self._numbers[self.file(extent.key, extent.layout)] = extent.location.segment
+        self.placed(extent)

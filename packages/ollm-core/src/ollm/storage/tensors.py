@@ -1,59 +1,45 @@
-"""Between tensors and raw little-endian bytes: keys, then values, each contiguous as `[rows, heads, tokens, size]`."""
+"""Between tensors and raw little-endian bytes.
+
+Row after row and head after head: all keys of a head, then all of its values. So what belongs to one head is one run of
+bytes, and so are the keys, or the values, of some of its tokens; and both are tensors where they lie.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
-import attrs
 import torch
 from torch import Tensor
 
-from ollm.contracts.kv import Extent, KVBlock
-from ollm.errors import StoreContractError
+from ollm.contracts.blocks import Extent, KVBlock, KVLayout
 
 
-@attrs.frozen
-class LayerLayout:
-    """What turns the raw bytes of one layer's extents back into tensors."""
+def pack(block: KVBlock, into: Tensor | None = None) -> Tensor:
+    """The bytes of a block: uint8, on its device.
 
-    dtype: torch.dtype
-    kv_heads: int
-    key_size: int
-    value_size: int
-
-    @classmethod
-    def of(cls, keys: Tensor, values: Tensor) -> LayerLayout:
-        """The layout of keys `[rows, kv_heads, tokens, key_size]` and values of the same rows, heads and tokens.
-
-        Raises:
-            StoreContractError: when the two do not belong together.
-        """
-        if keys.dim() != 4 or values.dim() != 4 or keys.shape[:3] != values.shape[:3] or keys.dtype != values.dtype:
-            raise StoreContractError(
-                f"Keys {tuple(keys.shape)} {keys.dtype} and values {tuple(values.shape)} {values.dtype} do not belong "
-                "together: a store takes [rows, kv_heads, tokens, size], both of one dtype."
-            )
-        return cls(keys.dtype, keys.shape[1], keys.shape[3], values.shape[3])
-
-    @property
-    def dtype_name(self) -> str:
-        """`bfloat16`, `float32`, …: the name in manifests and record headers."""
-        return str(self.dtype).removeprefix("torch.")
-
-    def key_bytes(self, rows: int, tokens: int) -> int:
-        """Bytes of the keys of so many tokens."""
-        return rows * self.kv_heads * tokens * self.key_size * self.dtype.itemsize
-
-    def nbytes(self, rows: int, tokens: int) -> int:
-        """Bytes of keys and values of so many tokens."""
-        return rows * self.kv_heads * tokens * (self.key_size + self.value_size) * self.dtype.itemsize
+    Args:
+        block: of any strides.
+        into: uint8, contiguous, where they go; by default a tensor of their own.
+    """
+    layout, (rows, _, tokens, _) = block.layout, block.keys.shape
+    if into is None:
+        into = torch.empty(layout.nbytes(rows, tokens), dtype=torch.uint8, device=block.keys.device)
+    target = _views(layout, rows, tokens, into)
+    target.keys.copy_(block.keys.detach())
+    target.values.copy_(block.values.detach())
+    return into
 
 
-def tensor_bytes(tensor: Tensor) -> memoryview:
-    """The bytes of a contiguous tensor on the host, not a copy."""
-    if tensor.dtype != torch.uint8 or tensor.dim() != 1:
-        tensor = tensor.reshape(-1).view(torch.uint8)
-    return memoryview(tensor.numpy())  # type: ignore[arg-type]  # numpy's stubs hide it
+def unpack(extent: Extent, raw: Tensor) -> KVBlock:
+    """Keys and values as views of the bytes (uint8) that `pack` made of them."""
+    return _views(extent.layout, extent.key.rows, extent.key.tokens, raw)
+
+
+def empty_block(layout: KVLayout, rows: int, tokens: int, raw: Tensor) -> KVBlock:
+    """Keys and values, each contiguous, in the first of some bytes, whatever is in them."""
+    shape, border = (rows, layout.kv_heads, tokens), rows * layout.kv_heads * tokens * layout.key_size
+    flat = raw[: layout.nbytes(rows, tokens)].view(layout.dtype)
+    return KVBlock(flat[:border].view(*shape, layout.key_size), flat[border:].view(*shape, layout.value_size))
 
 
 def lay_out(payload: Sequence[Tensor], into: Tensor) -> None:
@@ -73,10 +59,21 @@ def lay_out(payload: Sequence[Tensor], into: Tensor) -> None:
         at += tensor.nbytes
 
 
-def unpack(layout: LayerLayout, extent: Extent, raw: Tensor) -> KVBlock:
-    """Keys and values as views of raw bytes (uint8, as long as the extent)."""
-    border = layout.key_bytes(extent.rows, extent.tokens)
-    shape = (extent.rows, layout.kv_heads, extent.tokens)
-    keys = raw[:border].view(layout.dtype).view(*shape, layout.key_size)
-    values = raw[border:].view(layout.dtype).view(*shape, layout.value_size)
-    return KVBlock(keys, values)
+def head_spans(extent: Extent, head: int, start: int, stop: int) -> Iterator[tuple[int, int]]:
+    """Where the bytes of tokens `start … stop - 1` of a KV head are, counted from the first token of the extent: for
+    each row the keys, then the values."""
+    layout, tokens, size = extent.layout, extent.key.tokens, extent.layout.dtype.itemsize
+    for row in range(extent.key.rows):
+        base = layout.nbytes(1, tokens) // layout.kv_heads * (row * layout.kv_heads + head)
+        for width in (layout.key_size * size, layout.value_size * size):
+            yield base + start * width, base + stop * width
+            base += tokens * width
+
+
+def _views(layout: KVLayout, rows: int, tokens: int, raw: Tensor) -> KVBlock:
+    heads = raw.view(layout.dtype).view(rows, layout.kv_heads, tokens * (layout.key_size + layout.value_size))
+    border = tokens * layout.key_size
+    return KVBlock(
+        heads[..., :border].unflatten(-1, (tokens, layout.key_size)),
+        heads[..., border:].unflatten(-1, (tokens, layout.value_size)),
+    )

@@ -15,16 +15,12 @@ from concurrent.futures import Future, wait
 import attrs
 from torch import Tensor
 
-from ollm.io.buffers import BufferPool
+from ollm.contracts.blocks import EXTENT_BYTES, Location
+from ollm.io.buffers import BufferPool, tensor_bytes
 from ollm.io.scheduler import IOScheduler
-from ollm.storage.tensors import tensor_bytes
-
-Place = tuple[int, int]
-"""Segment and offset of a payload."""
 
 BUFFERS = 4
-BUFFER_BYTES = 8 * 2**20 + 2**16
-"""For extents of up to 8 MiB with their headers."""
+_BUFFER_BYTES = EXTENT_BYTES + 2**16  # with headers
 
 
 @attrs.define(eq=False)
@@ -67,8 +63,8 @@ class WriteBehind:
         """
         self._scheduler = scheduler
         self._explain = explain
-        self._buffers = BufferPool("Write buffers", count, BUFFER_BYTES, pinned=pinned)
-        self._writes: OrderedDict[Place, _Write] = OrderedDict()
+        self._buffers = BufferPool("Write buffers", count, _BUFFER_BYTES, pinned=pinned)
+        self._writes: OrderedDict[Location, _Write] = OrderedDict()
         self._lock = threading.Lock()
 
     @property
@@ -88,7 +84,7 @@ class WriteBehind:
             if running:
                 wait(running, return_when="FIRST_COMPLETED")
             else:
-                self.settle()
+                self.raise_failed()
             self._collect()
         return self._buffers.take(nbytes)
 
@@ -96,13 +92,13 @@ class WriteBehind:
         """A buffer that will not be submitted."""
         self._buffers.give_back(buffer)
 
-    def submit(self, place: Place, buffer: Tensor, nbytes: int, action: Callable[[], None]) -> None:
-        """Let a worker run `action`, which writes the first `nbytes` of `buffer` to `place`."""
+    def submit(self, location: Location, buffer: Tensor, nbytes: int, action: Callable[[], None]) -> None:
+        """Let a worker run `action`, which writes the first `nbytes` of `buffer` to its location."""
         write = _Write(buffer, nbytes, action, self._scheduler.submit(action))
         with self._lock:
-            self._writes[place] = write
+            self._writes[location] = write
 
-    def settle(self) -> None:
+    def raise_failed(self) -> None:
         """Raise what the background failed with, the first time; later, try again.
 
         Raises:
@@ -130,41 +126,41 @@ class WriteBehind:
             StorageError: what the disk answered, if it did not take all.
         """
         wait([write.future for write in self._writes.values()])
-        self.settle()
+        self.raise_failed()
 
-    def rescue(self, place: Place, into: memoryview) -> bool:
-        """Wait until the record at `place` is written; if that failed, fill `into` with what should be there."""
-        write = self._writes.get(place)
+    def rescue(self, location: Location, into: memoryview, at: int) -> bool:
+        """Wait until a record is written; if that failed, fill `into` with what should be there from byte `at` on."""
+        write = self._writes.get(location)
         if write is None:
             return False
         wait([write.future])
         with self._lock:  # until it is dropped, its buffer is not used again
-            if self._writes.get(place) is not write or write.error is None:
+            if self._writes.get(location) is not write or write.error is None:
                 return False
-            into[:] = tensor_bytes(write.buffer)[: len(into)]
+            into[:] = tensor_bytes(write.buffer)[at : at + len(into)]
             return True
 
-    def forget(self, place: Place) -> None:
-        """Nobody wants this record any more; whatever is being written to its place is done with afterwards."""
-        write = self._writes.get(place)
+    def forget(self, location: Location) -> None:
+        """Nobody wants this record any more; whatever is being written there is done with afterwards."""
+        write = self._writes.get(location)
         if write is not None:
             if not write.future.cancel():
                 wait([write.future])
-            self._drop(place)
+            self._drop(location)
 
     def close(self) -> None:
         """Give up what is not written yet, and wait for what is being written."""
-        for place in list(self._writes):
-            self.forget(place)
+        for location in list(self._writes):
+            self.forget(location)
         self._buffers.close()
 
     def _collect(self) -> None:
         """Take back the buffers of what is written."""
-        for place, write in list(self._writes.items()):
+        for location, write in list(self._writes.items()):
             if write.future.done() and write.error is None:
-                self._drop(place)
+                self._drop(location)
 
-    def _drop(self, place: Place) -> None:
+    def _drop(self, location: Location) -> None:
         with self._lock:
-            write = self._writes.pop(place)
+            write = self._writes.pop(location)
         self._buffers.give_back(write.buffer)

@@ -1,0 +1,153 @@
+"""`PartReader`: some heads and some tokens of extents, without reading the rest of them.
+
+What is asked for becomes runs of pieces, each with a hash of its own; neighbours are read together, and many small reads
+are in flight, for a flash disk that is asked for one at a time stands still most of the time. Knows where bytes lie in a
+block; not why anybody wants them.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, wait
+
+import attrs
+import torch
+from torch import Tensor
+
+from ollm.contracts.blocks import Extent, KVBlock
+from ollm.contracts.storage import Pieces, Storage
+from ollm.io.buffers import BufferPool
+from ollm.storage.tensors import head_spans
+
+IN_FLIGHT = 32
+"""Reads of parts at a time; see `benchmarks/results`, small-reads."""
+MOST_READ_BYTES = 256 * 2**10
+"""Of pieces that are read together: larger ones are no faster there."""
+
+
+@attrs.frozen
+class Part:
+    """What is wanted of an extent, for all of its rows."""
+
+    extent: Extent
+    heads: range
+    tokens: range
+    """Counted from the first of the extent; both without steps."""
+
+
+@attrs.frozen
+class _Wanted:
+    """Bytes of an extent, and where they go."""
+
+    start: int
+    target: Tensor
+    """uint8."""
+
+    @property
+    def stop(self) -> int:
+        return self.start + self.target.numel()
+
+
+class PartReader:
+    """For one thread, over one storage."""
+
+    def __init__(self, storage: Storage) -> None:
+        """Nothing is read yet.
+
+        Raises:
+            MemoryLimitError: no memory for the buffers is free.
+        """
+        self._storage = storage
+        self._buffers = BufferPool("Buffers for parts of extents", IN_FLIGHT, MOST_READ_BYTES)
+
+    @property
+    def buffer_bytes(self) -> int:
+        """Memory of the buffers."""
+        return self._buffers.nbytes
+
+    def read(self, parts: Sequence[Part]) -> list[KVBlock]:
+        """The parts, on the host: keys and values `[rows, len(heads), len(tokens), size]`. Only of extents that are
+        stored as they are.
+
+        Raises:
+            CorruptDataError, StorageError: as `Storage.read_pieces`; nothing is being read then.
+        """
+        blocks = [_empty(part) for part in parts]
+        wanted: dict[Extent, list[_Wanted]] = {}
+        for part, block in zip(parts, blocks, strict=True):
+            wanted.setdefault(part.extent, []).extend(_spans(part, block))
+        flying: deque[tuple[Future[Tensor], Tensor, Pieces, list[_Wanted]]] = deque()
+        try:
+            for extent, spans in wanted.items():
+                for pieces in self._runs(extent, spans):
+                    if not self._buffers.has_free:
+                        self._land(flying)
+                    buffer = self._buffers.take(pieces.stop - pieces.start)
+                    try:
+                        future = self._storage.submit(self._storage.read_pieces, pieces, buffer)
+                    except BaseException:
+                        self._buffers.give_back(buffer)
+                        raise
+                    flying.append((future, buffer, pieces, spans))
+            while flying:
+                self._land(flying)
+        finally:
+            for future, buffer, *_ in flying:  # after an error
+                if not future.cancel():
+                    wait([future])
+                self._buffers.give_back(buffer)
+        return blocks
+
+    def close(self) -> None:
+        """Drop the buffers. May be called twice."""
+        self._buffers.close()
+
+    def _runs(self, extent: Extent, spans: Iterable[_Wanted]) -> Iterator[Pieces]:
+        """Runs of pieces that hold all of these spans, each piece once."""
+        run: Pieces | None = None
+        for span in sorted(spans, key=lambda span: span.start):
+            for pieces in self._pieces(extent, span):
+                if run is None:
+                    run = pieces
+                elif pieces.start > run.stop or pieces.stop - run.start > MOST_READ_BYTES:
+                    yield run
+                    run = attrs.evolve(pieces, start=max(pieces.start, run.stop))
+                else:
+                    run = attrs.evolve(run, stop=max(run.stop, pieces.stop))
+        if run is not None and run.start < run.stop:
+            yield run
+
+    def _pieces(self, extent: Extent, span: _Wanted) -> Iterator[Pieces]:
+        """The pieces of a span, one at a time."""
+        at = span.start
+        while at < span.stop:
+            piece = self._storage.pieces(extent, at, at + 1)
+            yield piece
+            at = piece.stop
+
+    def _land(self, flying: deque[tuple[Future[Tensor], Tensor, Pieces, list[_Wanted]]]) -> None:
+        """Take the bytes of the oldest read where they are wanted."""
+        future, buffer, pieces, spans = flying[0]
+        content = future.result()
+        flying.popleft()
+        for span in spans:
+            low, high = max(span.start, pieces.start), min(span.stop, pieces.stop)
+            if low < high:
+                span.target[low - span.start : high - span.start] = content[low - pieces.start : high - pieces.start]
+        self._buffers.give_back(buffer)
+
+
+def _empty(part: Part) -> KVBlock:
+    layout, shape = part.extent.layout, (part.extent.key.rows, len(part.heads), len(part.tokens))
+    keys, values = (torch.empty(*shape, size, dtype=layout.dtype) for size in (layout.key_size, layout.value_size))
+    return KVBlock(keys, values)
+
+
+def _spans(part: Part, block: KVBlock) -> Iterator[_Wanted]:
+    for number, head in enumerate(part.heads):
+        found = head_spans(part.extent, head, part.tokens.start, part.tokens.stop)
+        for row in range(part.extent.key.rows):
+            for tensor in (block.keys, block.values):
+                start, _ = next(found)
+                yield _Wanted(start, tensor[row, number].view(-1).view(torch.uint8))
