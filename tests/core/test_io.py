@@ -14,10 +14,11 @@ import torch
 from core.storage_fixtures import get, open_storage, put
 from ollm.errors import MemoryLimitError
 from ollm.io import buffers as buffers_module
+from ollm.io import shim
 from ollm.io.buffers import ALIGNMENT, HUGE_PAGE, BufferPool, aligned_buffer
+from ollm.io.ledger import MemoryLedger
 from ollm.io.scheduler import WORKERS, scheduler_of
-from ollm.memory import MemoryLedger
-from ollm.storage import datafile, shim
+from ollm.storage import datafile
 from ollm.testing.faults import FaultyDisk, fails
 
 

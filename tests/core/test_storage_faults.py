@@ -15,9 +15,10 @@ import pytest
 from core.storage_fixtures import DIRECTORY, get, open_storage, put, tree
 from ollm.contracts.kv import Extent
 from ollm.errors import DiskFullError, OllmError, StorageError
-from ollm.storage import datafile, shim
+from ollm.io import shim
+from ollm.io.shim import Disk
+from ollm.storage import datafile
 from ollm.storage.segments import SegmentedStorage
-from ollm.storage.shim import Disk
 from ollm.testing.faults import FAULTS, OPERATIONS, Fault, FaultyDisk, fails
 from ollm.testing.processes import in_child
 

@@ -11,7 +11,7 @@ import torch
 from core.weight_files import NAMES, random_tensor, write_shard
 from ollm.errors import ModelDirectoryError, WeightsError
 from ollm.weights.checkpoint import INDEX, SINGLE, Checkpoint
-from ollm.weights.layout import LayerLayout, Parameter, Source
+from ollm.weights.layout import Parameter, Source, WeightLayout
 from ollm.weights.memory import read_apart
 from ollm.weights.shards import DTYPES, read_shard
 
@@ -180,5 +180,5 @@ def test_a_file_that_was_changed_is_noticed(sharded, change):
 
 def test_a_layout_refuses_nothing_that_is_empty(tmp_path):
     found = read_shard(write_shard(tmp_path / SINGLE, {"none": torch.empty(0, 3), "some": random_tensor(3)}))
-    layout = LayerLayout([Parameter(s.name, s.dtype, s.shape, (Source(s),)) for s in found.values()])
+    layout = WeightLayout([Parameter(s.name, s.dtype, s.shape, (Source(s),)) for s in found.values()])
     assert [view.shape for view in layout.views(torch.zeros(layout.nbytes, dtype=torch.uint8))] == [(0, 3), (3,)]

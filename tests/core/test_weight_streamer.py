@@ -13,8 +13,8 @@ from core.fake_streams import FakeStreams
 from core.streamed_decoder import CPU, LAYERS, Decoder, X, make_streamed, make_truth, tiers
 from ollm.errors import WeightsError
 from ollm.io.buffers import aligned_buffer
+from ollm.io.ledger import ledger
 from ollm.io.scheduler import _schedulers
-from ollm.memory import ledger
 from ollm.weights import memory as weight_memory
 from ollm.weights.binding import LayerWeights
 from ollm.weights.checkpoint import Checkpoint

@@ -17,9 +17,9 @@ from ollm.contracts.kv import KVStore
 from ollm.contracts.spill import KVGeometry, MemorySnapshot, SpillPlan, SpillPolicy
 from ollm.contracts.strategy import BuildContext, KVBuildContext
 from ollm.errors import ConfigurationError, OllmError, PluginError
+from ollm.io.ledger import Claim, ledger
 from ollm.kv.session import KVSession
 from ollm.kv.state import PrefillProgress
-from ollm.memory import Claim, ledger
 from ollm.registry import Kind, Offer, registry
 from ollm.seam.cache import KVCache
 from ollm.seam.geometry import decoder_config, kv_geometry, without_adapter

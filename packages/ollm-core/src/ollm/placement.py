@@ -10,7 +10,7 @@ import torch
 from ollm.contracts.offload import OffloadPlacement
 from ollm.contracts.strategy import BuildContext
 from ollm.errors import ConfigurationError, DeviceError, PluginError
-from ollm.memory import ledger
+from ollm.io.ledger import ledger
 from ollm.registry import Kind, registry
 from ollm.weights.ring import SLOTS
 from ollm.weights.streamer import Tier, WeightStreamer

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from ollm.contracts.kv import Extent, KVBlock
 from ollm.io.buffers import aligned_buffer
+from ollm.io.ledger import Claim, ledger
 from ollm.kv.residency import Share
-from ollm.memory import Claim, ledger
 from ollm.storage.tensors import LayerLayout, unpack
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ollm.contracts.kv import Extent, KVBlock
 from ollm.io.buffers import aligned_buffer
-from ollm.memory import Claim, ledger
+from ollm.io.ledger import Claim, ledger
 from ollm.storage.tensors import LayerLayout
 
 MOST_EXTENT_BYTES = 8 * 2**20

@@ -17,10 +17,10 @@ from torch import Tensor
 from ollm.contracts.kv import Extent, KVBlock, KVStore
 from ollm.contracts.spill import SpillPlan
 from ollm.errors import StoreContractError
+from ollm.io.ledger import Claim
 from ollm.kv.pins import Pins
 from ollm.kv.source import BlockSource
 from ollm.kv.state import KVCounters
-from ollm.memory import Claim
 
 
 class KVSession:

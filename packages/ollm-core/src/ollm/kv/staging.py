@@ -15,8 +15,8 @@ import attrs
 import torch
 from torch import Tensor
 
+from ollm.io.ledger import ledger
 from ollm.io.streams import Streams
-from ollm.memory import ledger
 
 SLOTS = 3
 """Device buffers: one is being computed with, one is filled, one waits."""

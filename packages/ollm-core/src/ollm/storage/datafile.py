@@ -13,9 +13,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-from ollm.io.buffers import ALIGNMENT, aligned_buffer
-from ollm.storage import shim
-from ollm.storage.tensors import tensor_bytes
+from ollm.io import shim
+from ollm.io.buffers import ALIGNMENT, aligned_buffer, tensor_bytes
 
 logger = logging.getLogger(__name__)
 

@@ -19,7 +19,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from ollm.errors import CacheBusyError, CacheDirectoryError, OllmError, StorageError
-from ollm.storage import shim
+from ollm.io import shim
 
 LOCK = "lock"
 MANIFEST = "manifest.json"

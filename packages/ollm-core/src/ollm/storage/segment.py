@@ -15,8 +15,8 @@ import attrs
 
 from ollm.contracts.kv import Extent
 from ollm.errors import CorruptDataError, StorageError
-from ollm.io.buffers import ALIGNMENT, aligned_buffer
-from ollm.storage import shim
+from ollm.io import shim
+from ollm.io.buffers import ALIGNMENT, aligned_buffer, tensor_bytes
 from ollm.storage.datafile import DataFile
 from ollm.storage.records import (
     HEADER_BYTES,
@@ -30,7 +30,6 @@ from ollm.storage.records import (
     record_span,
 )
 from ollm.storage.room import reason
-from ollm.storage.tensors import tensor_bytes
 
 Rescue = Callable[[Extent, memoryview], bool]
 """Fills a record from memory if the disk does not have it; says whether it did."""

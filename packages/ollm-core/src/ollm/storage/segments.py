@@ -29,9 +29,9 @@ from ollm.errors import (
     StorageError,
     StoreContractError,
 )
-from ollm.io.buffers import ALIGNMENT
+from ollm.io import shim
+from ollm.io.buffers import ALIGNMENT, tensor_bytes
 from ollm.io.scheduler import IOScheduler, scheduler_of
-from ollm.storage import shim
 from ollm.storage.datafile import DataFile, takes_unbuffered
 from ollm.storage.folder import MANIFEST, RunFolder, segment_name
 from ollm.storage.manifest import Manifest
@@ -39,7 +39,7 @@ from ollm.storage.options import StorageOptions
 from ollm.storage.records import DTYPE_CODES, STORE_ID_BYTES, record_bytes, record_span
 from ollm.storage.room import check_room, failed_write, reason
 from ollm.storage.segment import Moved, Segment, write_record
-from ollm.storage.tensors import lay_out, tensor_bytes
+from ollm.storage.tensors import lay_out
 from ollm.storage.write_behind import BUFFERS, WriteBehind
 
 _MOST_SEGMENTS = 10**6

@@ -49,13 +49,6 @@ class LayerLayout:
         return rows * self.kv_heads * tokens * (self.key_size + self.value_size) * self.dtype.itemsize
 
 
-def tensor_bytes(tensor: Tensor) -> memoryview:
-    """The bytes of a contiguous tensor on the host, not a copy."""
-    if tensor.dtype != torch.uint8 or tensor.dim() != 1:
-        tensor = tensor.reshape(-1).view(torch.uint8)
-    return memoryview(tensor.numpy())  # type: ignore[arg-type]  # numpy's stubs hide it
-
-
 def lay_out(payload: Sequence[Tensor], into: Tensor) -> None:
     """Copy tensors into raw bytes, one behind the other, each as its contiguous elements.
 

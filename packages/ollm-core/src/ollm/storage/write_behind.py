@@ -15,9 +15,8 @@ from concurrent.futures import Future, wait
 import attrs
 from torch import Tensor
 
-from ollm.io.buffers import BufferPool
+from ollm.io.buffers import BufferPool, tensor_bytes
 from ollm.io.scheduler import IOScheduler
-from ollm.storage.tensors import tensor_bytes
 
 Place = tuple[int, int]
 """Segment and offset of a payload."""

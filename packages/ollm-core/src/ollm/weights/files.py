@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ollm.errors import ModelDirectoryError, WeightsError
+from ollm.io import shim
 from ollm.io.buffers import ALIGNMENT
-from ollm.storage import shim
 
 
 class Identity(NamedTuple):

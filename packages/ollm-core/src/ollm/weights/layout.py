@@ -1,4 +1,4 @@
-"""`LayerLayout`: how the weights of one decoder layer lie in a buffer, and which reads bring them there.
+"""`WeightLayout`: how the weights of one decoder layer lie in a buffer, and which reads bring them there.
 
 Tensors that are neighbours in a file are read together, straight into the buffer, and used where they lie. What has to
 be another dtype, is put together from several tensors, or lies at a place that its dtype cannot be used at, goes
@@ -16,8 +16,7 @@ import attrs
 import torch
 from torch import Tensor
 
-from ollm.io.buffers import ALIGNMENT, aligned_buffer
-from ollm.storage.tensors import tensor_bytes
+from ollm.io.buffers import ALIGNMENT, aligned_buffer, tensor_bytes
 from ollm.weights.files import WeightFile
 from ollm.weights.shards import StoredTensor
 
@@ -121,7 +120,7 @@ class ConvertingRead(Read):
             target.view(self.dtype).copy_(elements.view(self.stored.dtype))
 
 
-class LayerLayout:
+class WeightLayout:
     """Where the parameters of one layer lie in a buffer of `nbytes`."""
 
     def __init__(self, parameters: Sequence[Parameter]) -> None:

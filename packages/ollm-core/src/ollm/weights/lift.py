@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ollm.io.ledger import ledger
 from ollm.io.streams import Streams
-from ollm.memory import ledger
 
 SLOTS = 2
 """Device buffers: one is being computed with, one is filled."""

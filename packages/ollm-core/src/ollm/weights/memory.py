@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from ollm.io.buffers import aligned_buffer
+from ollm.io.ledger import Claim, ledger
 from ollm.io.scheduler import IOScheduler, scheduler_of
 from ollm.io.streams import CudaStreams
-from ollm.memory import Claim, ledger
 from ollm.weights.counters import WeightCounters
-from ollm.weights.layout import LayerLayout, Parameter
+from ollm.weights.layout import Parameter, WeightLayout
 from ollm.weights.lift import SLOTS as LIFT_SLOTS
 from ollm.weights.lift import Lift
 from ollm.weights.ring import SLOTS, Ring
@@ -40,7 +40,7 @@ class Held:
 class WeightMemory:
     """What one model's weights take on the host and on its device."""
 
-    def __init__(self, folder: Path, device: torch.device, layouts: list[LayerLayout], counters: WeightCounters):
+    def __init__(self, folder: Path, device: torch.device, layouts: list[WeightLayout], counters: WeightCounters):
         self.device = device
         self.held: dict[int, Held] = {}
         self.ring: Ring | None = None
@@ -162,7 +162,7 @@ def read_apart(parameters: Sequence[Parameter], device: torch.device) -> Iterato
         MemoryLimitError: they do not fit; none is read.
         WeightsError: names the tensor and the file that cannot be read.
     """
-    layouts = [LayerLayout([parameter]) for parameter in parameters]
+    layouts = [WeightLayout([parameter]) for parameter in parameters]
     if not layouts:
         return
     claim = ledger.claim("Embeddings and what else is in no layer", sum(layout.nbytes for layout in layouts), device)
@@ -177,14 +177,14 @@ def read_apart(parameters: Sequence[Parameter], device: torch.device) -> Iterato
         claim.release()
 
 
-def _read(layout: LayerLayout, scheduler: IOScheduler, counters: WeightCounters, *, pinned: bool) -> Tensor:
+def _read(layout: WeightLayout, scheduler: IOScheduler, counters: WeightCounters, *, pinned: bool) -> Tensor:
     """A new buffer with everything in it that a layout describes."""
     buffer = _buffer(layout.nbytes, pinned=pinned)
     _read_into(buffer, layout, scheduler, counters)
     return buffer
 
 
-def _read_into(buffer: Tensor, layout: LayerLayout, scheduler: IOScheduler, counters: WeightCounters) -> None:
+def _read_into(buffer: Tensor, layout: WeightLayout, scheduler: IOScheduler, counters: WeightCounters) -> None:
     ring = Ring({0: layout.reads}, [buffer], scheduler, counters)
     try:
         ring.take(0)

@@ -15,8 +15,7 @@ import attrs
 import torch
 
 from ollm.errors import ModelDirectoryError
-from ollm.io.buffers import ALIGNMENT, aligned_buffer
-from ollm.storage.tensors import tensor_bytes
+from ollm.io.buffers import ALIGNMENT, aligned_buffer, tensor_bytes
 from ollm.weights.files import WeightFile
 
 MOST_HEADER_BYTES = 100_000_000

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from ollm.errors import WeightsError
-from ollm.memory import ledger
+from ollm.io.ledger import ledger
 from ollm.weights.binding import Binding, LayerWeights, on_meta
 from ollm.weights.checkpoint import Checkpoint
 from ollm.weights.counters import WeightCounters
