@@ -1,4 +1,4 @@
-"""What all reading and writing of large data shares: worker threads, one set per disk, and aligned reusable buffers.
+"""What moves bytes: system calls, files, aligned buffers, worker threads per disk, device rings; and what memory there is.
 
 Knows nothing of files, formats, keys or values.
 """

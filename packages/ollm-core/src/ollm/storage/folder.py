@@ -61,7 +61,7 @@ class RunFolder:
         """
         root = cache_dir / directory
         try:
-            cache_dir.mkdir(parents=True, exist_ok=True)  # the user's own: it may be as it is
+            shim.disk.make_folders(cache_dir)
             return cls._create(root)
         except OSError as error:
             raise CacheDirectoryError(
@@ -203,9 +203,8 @@ def _is_still_there(path: Path, fd: int) -> bool:
 
 def _collect_dead(root: Path) -> None:
     """Remove the folders of sessions that ended without doing so. The caller holds the root lock."""
-    tag = root / TAG
-    if not tag.exists():
-        fd = shim.disk.open(tag, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
+    with suppress(FileExistsError):
+        fd = shim.disk.open(root / TAG, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
         try:
             shim.write_all(fd, memoryview(_TAG_TEXT), 0)
         finally:

@@ -17,7 +17,7 @@ from ollm.contracts.kv import Extent
 from ollm.errors import CorruptDataError, StorageError
 from ollm.io import shim
 from ollm.io.buffers import ALIGNMENT, aligned_buffer, tensor_bytes
-from ollm.storage.datafile import DataFile
+from ollm.io.files import DataFile
 from ollm.storage.records import (
     HEADER_BYTES,
     RecordHeader,

@@ -14,7 +14,7 @@ import sys
 import threading
 import weakref
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +31,8 @@ from ollm.errors import (
 )
 from ollm.io import shim
 from ollm.io.buffers import ALIGNMENT, tensor_bytes
+from ollm.io.files import DataFile, takes_unbuffered
 from ollm.io.scheduler import IOScheduler, scheduler_of
-from ollm.storage.datafile import DataFile, takes_unbuffered
 from ollm.storage.folder import MANIFEST, RunFolder, segment_name
 from ollm.storage.manifest import Manifest
 from ollm.storage.options import StorageOptions
@@ -77,8 +77,15 @@ class SegmentedStorage:
         self._lock = threading.Lock()
         self._owner = os.getpid()
         self._moved = Moved()
-        self.scheduler = scheduler_of(folder.path)
-        """The workers of the disk that the folder is on."""
+        try:
+            self.scheduler = scheduler_of(folder.path)
+            """The workers of the disk that the folder is on."""
+        except BaseException as error:
+            with suppress(OSError):  # then it goes when the next cache is made beside it
+                folder.remove()
+            if not isinstance(error, OSError):
+                raise
+            raise failed_write(error, folder.path, ALIGNMENT) from error
         self._writes = WriteBehind(
             self.scheduler, lambda error, nbytes: failed_write(error, folder.path, nbytes),
             count=write_buffers, pinned=pinned,
