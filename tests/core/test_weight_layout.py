@@ -30,7 +30,7 @@ def plain(found, **dtypes):
 
 @pytest.mark.parametrize("pad", [0, 1, 2, 4, 7])
 def test_neighbours_are_read_together_and_used_where_they_lie(tmp_path, pad, monkeypatch):
-    monkeypatch.setattr(layouts, "READ_BYTES", 2 * ALIGNMENT)
+    monkeypatch.setattr(layouts, "TURN_BYTES", 2 * ALIGNMENT)
     tensors = {f"t{number}": random_tensor(1000 + number, seed=number) for number in range(6)}
     header = len(write_shard(tmp_path / "model.safetensors", tensors, pad=0).read_bytes())
     found = read_shard(write_shard(tmp_path / "model.safetensors", tensors, pad=-header % 4 + pad))
@@ -60,7 +60,7 @@ def test_what_is_far_away_in_the_file_is_not_read(tmp_path):
 @pytest.mark.parametrize("pad", [0, 3])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64, torch.float32])
 def test_another_dtype_is_made_while_reading(tmp_path, monkeypatch, pad, dtype):
-    monkeypatch.setattr(layouts, "READ_BYTES", ALIGNMENT)
+    monkeypatch.setattr(layouts, "TURN_BYTES", ALIGNMENT)
     tensors = {"a": torch.randn(70, 50), "b": torch.randn(3)}
     found = read_shard(write_shard(tmp_path / "model.safetensors", tensors, pad=pad))
     views, _ = loaded(WeightLayout(plain(found, a=dtype, b=dtype)))
@@ -69,7 +69,7 @@ def test_another_dtype_is_made_while_reading(tmp_path, monkeypatch, pad, dtype):
 
 
 def test_a_parameter_is_put_together_from_several_tensors(tmp_path, monkeypatch):
-    monkeypatch.setattr(layouts, "READ_BYTES", ALIGNMENT)
+    monkeypatch.setattr(layouts, "TURN_BYTES", ALIGNMENT)
     parts = {f"p{number}": torch.randn(30, 64) for number in range(4)}
     found = read_shard(write_shard(tmp_path / "model.safetensors", parts))
     order = [2, 0, 3, 1]
@@ -79,7 +79,7 @@ def test_a_parameter_is_put_together_from_several_tensors(tmp_path, monkeypatch)
 
 
 def test_a_read_that_fails_names_the_tensors_in_it(tmp_path, monkeypatch):
-    monkeypatch.setattr(layouts, "READ_BYTES", ALIGNMENT)
+    monkeypatch.setattr(layouts, "TURN_BYTES", ALIGNMENT)
     tensors = {name: random_tensor(2000, seed=seed) for seed, name in enumerate("abc")}
     layout = WeightLayout(plain(read_shard(write_shard(tmp_path / "model.safetensors", tensors))))
     named = [str(read) for read in layout.reads]

@@ -10,6 +10,7 @@ import torch
 
 from core.weight_files import NAMES, random_tensor, write_shard
 from ollm.errors import ModelDirectoryError, WeightsError
+from ollm.weights import checkpoint
 from ollm.weights.checkpoint import INDEX, SINGLE, Checkpoint
 from ollm.weights.layout import Parameter, Source, WeightLayout
 from ollm.weights.memory import read_apart
@@ -138,6 +139,12 @@ def test_a_swapped_shard_is_refused_with_file_and_tensor(sharded):
 def test_a_wrong_index_is_refused(sharded, text):
     (sharded / INDEX).write_text(text)
     with pytest.raises(ModelDirectoryError, match=INDEX.replace(".", r"\.")):
+        Checkpoint.open(sharded)
+
+
+def test_an_index_that_is_too_large_is_refused_without_reading_it_all(sharded, monkeypatch):
+    monkeypatch.setattr(checkpoint, "MOST_INDEX_BYTES", 50)
+    with pytest.raises(ModelDirectoryError, match=r"index\.json: larger than 50 bytes"):
         Checkpoint.open(sharded)
 
 

@@ -1,4 +1,4 @@
-"""What moves bytes: system calls, files, aligned buffers, worker threads per disk, device rings; and what memory there is.
+"""What moves bytes: system calls, files, buffers, the worker threads of a disk, rings to a device, the memory ledger.
 
-Knows nothing of files, formats, keys or values.
+Knows nothing of records, checkpoints, keys or values.
 """

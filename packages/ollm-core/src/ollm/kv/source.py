@@ -19,6 +19,7 @@ from ollm.contracts.kv import Extent, KVBlock, KVStore
 from ollm.contracts.spill import SpillPlan
 from ollm.errors import StoreContractError
 from ollm.io.buffers import BufferPool
+from ollm.io.device_ring import DeviceRing
 from ollm.io.scheduler import scheduler_of
 from ollm.io.streams import CudaStreams
 from ollm.kv.encoded import EncodedResidency, Scratch
@@ -26,11 +27,12 @@ from ollm.kv.pins import Pins
 from ollm.kv.reader import READ_BYTES, BlockReader, check_raw
 from ollm.kv.residency import Residency, Share
 from ollm.kv.rows import RowMap, Stored
-from ollm.kv.staging import Staging
 from ollm.kv.state import KVCounters
 from ollm.storage.tensors import LayerLayout
 
 _LEAST_SLICE_BYTES = 8 * 2**20
+_DEVICE_BUFFERS = 3
+"""One is being computed with, one is filled, one waits."""
 
 Following = Callable[[], Iterable[Sequence[Stored]]]
 """The extents that will be wanted next, layer by layer, as far as one can tell; finite."""
@@ -77,10 +79,12 @@ class BlockSource:
         self._decoded = Scratch(device)
         self._undo = ExitStack()
         self._reader: BlockReader | None = None
-        self._staging: Staging | None = None
+        self._staging: DeviceRing | None = None
         with ExitStack() as undo:  # until all is made
             if staged:
-                self._staging = Staging(device, READ_BYTES, CudaStreams(device))
+                self._staging = DeviceRing(
+                    "Staging buffers", device, READ_BYTES, CudaStreams(device), count=_DEVICE_BUFFERS
+                )
                 undo.callback(self._staging.close)
             if not store.in_memory:
                 buffers = BufferPool("Read buffers", plan.read_buffers, READ_BYTES, pinned=staged)
@@ -241,10 +245,10 @@ class BlockSource:
         if self._staging is None or tensors[0].device == self._device:
             yield tensors
             return
-        with self._staging.on_device(tensors) as (staged, wait_until_copied):
+        with self._staging.copy(tensors) as staged:
             if of_reader and self._reader is not None:
-                self._reader.in_use_until(wait_until_copied)
-            yield staged
+                self._reader.in_use_until(staged.wait_until_copied)
+            yield staged.tensors
 
     def _check_block(self, extent: Extent, layout: LayerLayout, block: KVBlock) -> None:
         shape = (extent.rows, layout.kv_heads, extent.tokens)

@@ -7,20 +7,19 @@ set of keys, no duplicate key, no NaN, no bool as a number, bounded size and dep
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable
 from typing import Any
 
 import attrs
 
 from ollm.errors import CorruptDataError
+from ollm.io import strict_json
 from ollm.io.buffers import ALIGNMENT
 from ollm.storage.records import DTYPE_CODES
 
 FORMAT = "ollm-kv"
 FORMAT_VERSION = 1
 MAX_MANIFEST_BYTES = 64 * 2**20
-MAX_DEPTH = 16
 _LARGEST = 2**62
 
 
@@ -105,33 +104,13 @@ class Manifest:
 
 
 def _parse(raw: bytes) -> dict[str, Any]:
-    _expect(len(raw) <= MAX_MANIFEST_BYTES, f"larger than {MAX_MANIFEST_BYTES} bytes")
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        result = dict(pairs)
-        _expect(len(result) == len(pairs), "a key stands twice")
-        return result
-
-    def refuse(token: str) -> None:
-        raise CorruptDataError(f"manifest: {token} is not allowed")
-
-    def finite(token: str) -> float:
-        value = float(token)  # which makes infinity of 1e999
-        _expect(math.isfinite(value), f"{token} is too large")
-        return value
-
+    _expect(raw.isascii(), "not ASCII")
     try:
-        content = json.loads(raw.decode("ascii"), object_pairs_hook=unique, parse_constant=refuse, parse_float=finite)
-    except (ValueError, RecursionError) as error:
-        raise CorruptDataError(f"manifest: not JSON ({error})") from None
+        content = strict_json.parse(raw, most_bytes=MAX_MANIFEST_BYTES)
+    except ValueError as error:
+        raise CorruptDataError(f"manifest: {error}") from None
     _expect(isinstance(content, dict), "not a JSON object")
-    _expect(_is_shallow(content, MAX_DEPTH), f"nested deeper than {MAX_DEPTH}")
     return dict(content)
-
-
-def _is_shallow(value: object, depth: int) -> bool:
-    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    return depth > 0 and all(_is_shallow(item, depth - 1) for item in inner)
 
 
 def _closed(content: dict[str, Any], cls: type, where: str) -> None:
