@@ -203,8 +203,11 @@ def _is_still_there(path: Path, fd: int) -> bool:
 
 def _collect_dead(root: Path) -> None:
     """Remove the folders of sessions that ended without doing so. The caller holds the root lock."""
-    with suppress(FileExistsError):
-        fd = shim.disk.open(root / TAG, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
+    tag = root / TAG
+    try:
+        shim.disk.stat(tag)
+    except FileNotFoundError:
+        fd = shim.disk.open(tag, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
         try:
             shim.write_all(fd, memoryview(_TAG_TEXT), 0)
         finally:
