@@ -19,8 +19,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from ollm.io.buffers import aligned_buffer
-from ollm.storage.tensors import tensor_bytes
+from ollm.io.buffers import aligned_buffer, tensor_bytes
 
 MIB = 2**20
 FILE, PART = 512 * MIB, 8 * MIB

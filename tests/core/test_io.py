@@ -14,10 +14,10 @@ import torch
 from core.storage_fixtures import get, open_storage, put
 from ollm.errors import MemoryLimitError
 from ollm.io import buffers as buffers_module
-from ollm.io.buffers import ALIGNMENT, HUGE_PAGE, BufferPool, aligned_buffer
+from ollm.io import files, shim
+from ollm.io.buffers import ALIGNMENT, HUGE_PAGE, BufferPool, aligned_buffer, tensor_bytes
+from ollm.io.ledger import MemoryLedger
 from ollm.io.scheduler import WORKERS, scheduler_of
-from ollm.memory import MemoryLedger
-from ollm.storage import datafile, shim
 from ollm.testing.faults import FaultyDisk, fails
 
 
@@ -81,9 +81,39 @@ def test_requests_are_of_a_size_that_disks_like(tmp_path, monkeypatch, nbytes, r
     found = bytearray(nbytes)
     with (tmp_path / "file").open("w+b") as file:
         shim.write_all(file.fileno(), memoryview(content), 0)
-        shim.read_exactly(file.fileno(), memoryview(found), 0)
+        shim.read_into(file.fileno(), memoryview(found), 0)
     assert found == content
     assert disk.writes == disk.reads == requests
+
+
+@pytest.mark.parametrize("unbuffered", [True, False])
+def test_the_end_of_a_file_may_cut_off_what_is_not_needed(tmp_path, unbuffered):
+    content = os.urandom(3 * ALIGNMENT + 100)
+    (tmp_path / "file").write_bytes(content)
+    buffer = tensor_bytes(aligned_buffer(4 * ALIGNMENT))
+    fd = shim.disk.open(tmp_path / "file", os.O_RDONLY | shim.UNBUFFERED * unbuffered)
+    file = files.DataFile(fd, unbuffered=unbuffered)
+    file.read(buffer, 0, needed=len(content))
+    assert bytes(buffer[: len(content)]) == content
+    file.read(buffer, ALIGNMENT, needed=5)
+    assert bytes(buffer[:5]) == content[ALIGNMENT : ALIGNMENT + 5]
+    for needed in (len(content) + 1, None):
+        with pytest.raises(EOFError, match="bytes are missing at offset 0"):
+            file.read(buffer, 0, needed=needed)
+    shim.disk.close(fd)
+
+
+def test_what_must_outlast_a_power_failure_can_be_made_to_fail(tmp_path, monkeypatch):
+    disk = FaultyDisk(fails(errno.EIO), 2, lasting=True, only=frozenset({"fsync", "fsync_folder"}))
+    monkeypatch.setattr(shim, "disk", disk)
+    with (tmp_path / "file").open("wb") as file:
+        shim.disk.fsync(file.fileno())
+        shim.disk.fsync_folder(tmp_path)
+        with pytest.raises(OSError, match="Input/output"):
+            shim.disk.fsync(file.fileno())
+        with pytest.raises(OSError, match="Input/output"):
+            shim.disk.fsync_folder(tmp_path)
+    assert disk.operations == ["fsync", "fsync_folder"] * 2
 
 
 def test_a_pool_makes_as_many_buffers_as_are_used_at_once_and_uses_them_again():
@@ -156,7 +186,7 @@ def test_a_storage_that_is_closed_or_dropped_ends_its_threads(tmp_path):
 
 @pytest.mark.parametrize("refusal", ["open", "pread_into"])
 def test_a_mount_that_refuses_unbuffered_reads_is_asked_once_and_named_once(tmp_path, monkeypatch, caplog, refusal):
-    monkeypatch.setattr(datafile, "_unbuffered_mounts", {})
+    monkeypatch.setattr(files, "_unbuffered_mounts", {})
 
     class Refusing(FaultyDisk):
         def open(self, path, flags, mode=0o600):
@@ -185,7 +215,7 @@ def test_a_mount_that_refuses_unbuffered_reads_is_asked_once_and_named_once(tmp_
 
 
 def test_a_file_that_refuses_later_is_read_and_written_buffered(tmp_path, monkeypatch):
-    monkeypatch.setattr(datafile, "_unbuffered_mounts", {os.stat(tmp_path).st_dev: True})  # noqa: PTH116
+    monkeypatch.setattr(files, "_unbuffered_mounts", {os.stat(tmp_path).st_dev: True})  # noqa: PTH116
     once = FaultyDisk(fails(errno.EINVAL), 0, only=frozenset({"pwrite"}))
     storage = open_storage(tmp_path)
     monkeypatch.setattr(shim, "disk", once)

@@ -8,8 +8,8 @@ import psutil
 import pytest
 import torch
 
-from ollm import memory
 from ollm.errors import MemoryLimitError
+from ollm.io import ledger as module
 
 GIB = 2**30
 
@@ -24,9 +24,9 @@ def cgroup(tmp_path, monkeypatch):
             (root / name).parent.mkdir(parents=True, exist_ok=True)
             (root / name).write_text(f"{text}\n")
         (tmp_path / "self").write_text("".join(f"{line}\n" for line in lines))
-        monkeypatch.setattr(memory, "_CGROUP_ROOT", root)
-        monkeypatch.setattr(memory, "_OWN_GROUPS", tmp_path / "self")
-        return memory.measure_memory(torch.device("cpu"))
+        monkeypatch.setattr(module, "_CGROUP_ROOT", root)
+        monkeypatch.setattr(module, "_OWN_GROUPS", tmp_path / "self")
+        return module.measure_memory(torch.device("cpu"))
 
     return build
 
@@ -141,13 +141,13 @@ def test_page_cache_that_cannot_be_read_counts_as_used(cgroup):
 
 def test_without_a_proc_the_machine_counts(cgroup, monkeypatch, tmp_path):
     cgroup(["0::/"], {"memory.max": GIB, "memory.current": 0})
-    monkeypatch.setattr(memory, "_OWN_GROUPS", tmp_path / "missing")
-    assert memory.measure_memory(torch.device("cpu")).host_total == 64 * GIB
+    monkeypatch.setattr(module, "_OWN_GROUPS", tmp_path / "missing")
+    assert module.measure_memory(torch.device("cpu")).host_total == 64 * GIB
 
 
 def test_a_cuda_device_is_asked_for_its_own_memory(monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (3 * GIB, 80 * GIB))
-    found = memory.measure_memory(torch.device("cuda", 0))
+    found = module.measure_memory(torch.device("cuda", 0))
     assert (found.device_type, found.device_free, found.device_total) == ("cuda", 3 * GIB, 80 * GIB)
     assert found.host_total <= 64 * GIB
 
@@ -167,7 +167,7 @@ CPU = torch.device("cpu")
 
 def test_what_is_claimed_and_not_filled_is_not_free(cgroup):
     cgroup([], {})
-    ledger = memory.MemoryLedger()
+    ledger = module.MemoryLedger()
     claim = ledger.claim("buffers", 10 * GIB, CPU)
     assert ledger.measure(CPU).host_free == ledger.measure(CPU).device_free == 38 * GIB
     claim.used = 4 * GIB  # which the machine then measures as taken
@@ -181,7 +181,7 @@ def test_what_is_claimed_and_not_filled_is_not_free(cgroup):
 
 def test_a_claim_beyond_what_is_free_is_refused_with_both_sizes(cgroup):
     cgroup(["0::/"], {"memory.max": 2 * GIB, "memory.current": GIB, "memory.stat": ""})
-    ledger = memory.MemoryLedger()
+    ledger = module.MemoryLedger()
     assert ledger.try_claim("pieces", GIB, CPU) is None, "some headroom stays"
     first = ledger.claim("Read buffers", GIB // 2, CPU)
     with pytest.raises(
@@ -194,7 +194,7 @@ def test_a_claim_beyond_what_is_free_is_refused_with_both_sizes(cgroup):
 
 def test_claims_from_many_threads_never_exceed_what_is_free(cgroup):
     cgroup([], {})
-    ledger = memory.MemoryLedger()
+    ledger = module.MemoryLedger()
     with ThreadPoolExecutor(8) as threads:
         claims = list(threads.map(lambda _: ledger.try_claim("pieces", GIB, CPU), range(100)))
     assert sum(claim is not None for claim in claims) == 47

@@ -13,9 +13,9 @@ import torch
 from core.engine_fixtures import EXTENT_BYTES, TOKENS, expected, joined, make_session, tokens, walk
 from ollm.builtin.chunked import ChunkedStore
 from ollm.errors import CorruptDataError, StorageError
+from ollm.io import shim
 from ollm.io.buffers import ALIGNMENT
 from ollm.kv import reader, source
-from ollm.storage import shim
 from ollm.testing.faults import FaultyDisk, fails
 
 pytestmark = pytest.mark.timeout(60)

@@ -7,10 +7,10 @@ import torch
 
 from core.engine_fixtures import EXTENT_BYTES, TOKENS, expected, joined, make_session, tokens, walk
 from ollm.contracts.kv import Extent, KVBlock
+from ollm.io.ledger import MemoryLedger
 from ollm.kv import residency as module
 from ollm.kv import source
 from ollm.kv.rows import take
-from ollm.memory import MemoryLedger
 
 LAYERS, EXTENTS = 3, 8
 

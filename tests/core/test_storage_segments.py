@@ -21,8 +21,9 @@ from ollm.errors import (
     CorruptDataError,
     DiskFullError,
 )
+from ollm.io import shim
 from ollm.io.buffers import ALIGNMENT
-from ollm.storage import records, shim
+from ollm.storage import records
 from ollm.storage.segments import SegmentedStorage
 from ollm.testing.faults import FaultyDisk
 from ollm.testing.processes import in_child

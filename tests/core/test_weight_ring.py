@@ -150,11 +150,11 @@ def test_what_is_being_copied_from_is_not_overwritten(scheduler, log):
     slot = ring.take(0)
     copied, waiting = threading.Event(), threading.Event()
 
-    def settle():
+    def wait_until_copied():
         waiting.set()
         assert copied.wait(20)
 
-    ring.release(settle)
+    ring.release(wait_until_copied)
     assert waiting.wait(20)
     assert buffers[slot].tolist() == [0, 0]
     copied.set()

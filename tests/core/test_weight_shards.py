@@ -10,8 +10,9 @@ import torch
 
 from core.weight_files import NAMES, random_tensor, write_shard
 from ollm.errors import ModelDirectoryError, WeightsError
+from ollm.weights import checkpoint
 from ollm.weights.checkpoint import INDEX, SINGLE, Checkpoint
-from ollm.weights.layout import LayerLayout, Parameter, Source
+from ollm.weights.layout import Parameter, Source, WeightLayout
 from ollm.weights.memory import read_apart
 from ollm.weights.shards import DTYPES, read_shard
 
@@ -141,6 +142,12 @@ def test_a_wrong_index_is_refused(sharded, text):
         Checkpoint.open(sharded)
 
 
+def test_an_index_that_is_too_large_is_refused_without_reading_it_all(sharded, monkeypatch):
+    monkeypatch.setattr(checkpoint, "MOST_INDEX_BYTES", 50)
+    with pytest.raises(ModelDirectoryError, match=r"index\.json: larger than 50 bytes"):
+        Checkpoint.open(sharded)
+
+
 def test_links_of_a_hub_cache_are_followed(tmp_path):
     write_shard(tmp_path / "blob", {"a": random_tensor(6)})
     (tmp_path / "snapshot").mkdir()
@@ -180,5 +187,5 @@ def test_a_file_that_was_changed_is_noticed(sharded, change):
 
 def test_a_layout_refuses_nothing_that_is_empty(tmp_path):
     found = read_shard(write_shard(tmp_path / SINGLE, {"none": torch.empty(0, 3), "some": random_tensor(3)}))
-    layout = LayerLayout([Parameter(s.name, s.dtype, s.shape, (Source(s),)) for s in found.values()])
+    layout = WeightLayout([Parameter(s.name, s.dtype, s.shape, (Source(s),)) for s in found.values()])
     assert [view.shape for view in layout.views(torch.zeros(layout.nbytes, dtype=torch.uint8))] == [(0, 3), (3,)]

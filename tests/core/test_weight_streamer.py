@@ -13,13 +13,12 @@ from core.fake_streams import FakeStreams
 from core.streamed_decoder import CPU, LAYERS, Decoder, X, make_streamed, make_truth, tiers
 from ollm.errors import WeightsError
 from ollm.io.buffers import aligned_buffer
+from ollm.io.ledger import ledger
 from ollm.io.scheduler import _schedulers
-from ollm.memory import ledger
 from ollm.weights import memory as weight_memory
 from ollm.weights.binding import LayerWeights
 from ollm.weights.checkpoint import Checkpoint
 from ollm.weights.layout import Parameter, Source
-from ollm.weights.lift import Lift
 from ollm.weights.streamer import WeightStreamer
 
 
@@ -189,30 +188,6 @@ def test_standing_in_reads_one_layer_of_a_kind(streamed, truth):
     assert torch.equal(decoder(X), truth(X))
 
 
-def test_layers_are_copied_to_a_device_after_its_kernels_and_from_a_slot_before_it_is_read_into():
-    streams = FakeStreams()
-    lift = Lift(CPU, 64, streams)
-    del streams.log[:]
-    waits = []
-    for number in range(3):
-        place, wait = lift.copy(torch.full((64,), number, dtype=torch.uint8))
-        assert lift.buffers[place].tolist() == [number] * 64
-        streams.log.append(f"kernel {number}")
-        lift.leave(place)
-        waits.append(wait)
-    expected = []
-    for number in range(3):
-        expected += [
-            f"copy waits for compute {number + 1}", "begin copy", f"record copy {number + 1}", "end copy",
-            f"compute waits for copy {number + 1}", f"kernel {number}", f"record compute {number + 3}",
-        ]  # fmt: skip
-    assert streams.log == expected
-    waits[1]()
-    assert streams.log[-1] == "host waits for copy 2"
-    lift.close()
-    lift.close()
-
-
 def test_streamed_layers_go_through_device_buffers(streamed, truth, monkeypatch):
     """The way of a CUDA model, with streams that do nothing and a device that is the host."""
     decoder, streamer = streamed
@@ -225,7 +200,7 @@ def test_streamed_layers_go_through_device_buffers(streamed, truth, monkeypatch)
     with streamer.standing_in():
         decoder(X)
     assert torch.equal(decoder(X), truth(X))
-    lift = streamer._memory.lift
-    assert "host waits for copy 1" in lift._streams.log  # the reading thread, before it used the slot again
+    log = streamer._memory.device_ring._streams.log
+    assert "host waits for copy 1" in log  # the reading thread, before it used the slot again
     streamer.place(tiers(*range(LAYERS)))
     assert torch.equal(decoder(X), truth(X))

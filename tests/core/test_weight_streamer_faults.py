@@ -9,8 +9,8 @@ import torch
 
 from core.streamed_decoder import CPU, LAYERS, X, make_streamed, make_truth, tiers
 from ollm.errors import MemoryLimitError, WeightsError
-from ollm.memory import ledger
-from ollm.storage import shim
+from ollm.io import shim
+from ollm.io.ledger import ledger
 from ollm.testing.faults import FAULTS, FaultyDisk, fails
 from ollm.weights import memory as weight_memory
 from ollm.weights.checkpoint import SINGLE

@@ -11,7 +11,7 @@ import pytest
 
 from core.storage_fixtures import get, open_storage, put
 from ollm.errors import DiskFullError, StorageError
-from ollm.storage import shim
+from ollm.io import shim
 from ollm.storage.write_behind import BUFFERS
 from ollm.testing.faults import FaultyDisk
 

@@ -7,7 +7,7 @@ import math
 
 import torch
 
-from ollm.storage.tensors import tensor_bytes
+from ollm.io.buffers import tensor_bytes
 
 NAMES = {
     torch.float32: "F32", torch.float64: "F64", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",

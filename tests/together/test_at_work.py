@@ -11,7 +11,7 @@ import torch
 
 from ollm.attention import blockwise
 from ollm.errors import InterruptedForwardError
-from ollm.memory import ledger
+from ollm.io.ledger import ledger
 from together.comparison import assert_same, cache_for, generate, stock_cache, tokens
 
 pytestmark = pytest.mark.timeout(120)

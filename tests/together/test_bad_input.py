@@ -12,7 +12,7 @@ from transformers import T5Config, T5ForConditionalGeneration
 
 from ollm import disk_cache
 from ollm.errors import CacheDirectoryError, ConfigurationError, DiskFullError, UnknownStrategyError
-from ollm.storage import shim
+from ollm.io import shim
 from together.comparison import assert_close, assert_same, cache_for, generate, stock_cache, tokens
 
 

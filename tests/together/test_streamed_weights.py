@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from ollm.memory import ledger
+from ollm.io.ledger import ledger
 from ollm.weights.streamer import Tier
 from together.architectures import make as make_architecture
 from together.comparison import generate, stock_cache, tokens

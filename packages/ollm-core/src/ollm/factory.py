@@ -17,15 +17,15 @@ from ollm.contracts.kv import KVStore
 from ollm.contracts.spill import KVGeometry, MemorySnapshot, SpillPlan, SpillPolicy
 from ollm.contracts.strategy import BuildContext, KVBuildContext
 from ollm.errors import ConfigurationError, OllmError, PluginError
+from ollm.io.ledger import Claim, ledger
 from ollm.kv.session import KVSession
 from ollm.kv.state import PrefillProgress
-from ollm.memory import Claim, ledger
 from ollm.registry import Kind, Offer, registry
 from ollm.seam.cache import KVCache
 from ollm.seam.geometry import decoder_config, kv_geometry, without_adapter
 from ollm.seam.mode import switch_on, why_not_blocks
 from ollm.seam.prefill import activation_bytes, piece_rows
-from ollm.storage.folder import RunFolder
+from ollm.storage.folder import CacheFolder
 from ollm.storage.options import StorageOptions
 from ollm.storage.segments import SegmentedStorage
 from ollm.storage.write_behind import BUFFERS
@@ -94,20 +94,21 @@ def disk_cache(
 
     folders: list[Path] = []
 
-    def folder() -> RunFolder:
+    def folder() -> CacheFolder:
         if directory is None or facts.directory is None:
             raise PluginError(f"KV store '{name}' asks for a folder, but its facts name no `directory`.")
-        made = RunFolder.create(directory, facts.directory)
+        made = CacheFolder.create(directory, facts.directory)
         folders.append(made.path)
         return made
 
-    def storage(*, write_buffers: int = BUFFERS) -> SegmentedStorage:
+    def storage(*, write_buffers: int = BUFFERS, compact_from: int = 1) -> SegmentedStorage:
         return SegmentedStorage(
             folder(),
             strategy=name,
             options=settings if isinstance(settings, StorageOptions) else None,
             parameters=cattrs.unstructure(settings),
             write_buffers=write_buffers,
+            compact_from=compact_from,
             pinned=parameter.device.type == "cuda",
         )
 

@@ -18,10 +18,10 @@ import torch
 from torch import nn
 
 from ollm.adapters import find_adapter
-from ollm.devices import resolve_device
 from ollm.errors import ConfigurationError, NotLoadedError, OllmError
 from ollm.factory import disk_cache
-from ollm.memory import ledger
+from ollm.io.devices import resolve_device
+from ollm.io.ledger import ledger
 from ollm.models.directory import check_model_directory
 from ollm.models.references import resolve_reference
 from ollm.placement import PlacementRecord, Placer

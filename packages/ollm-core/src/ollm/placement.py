@@ -10,9 +10,9 @@ import torch
 from ollm.contracts.offload import OffloadPlacement
 from ollm.contracts.strategy import BuildContext
 from ollm.errors import ConfigurationError, DeviceError, PluginError
-from ollm.memory import ledger
+from ollm.io.ledger import ledger
 from ollm.registry import Kind, registry
-from ollm.weights.ring import SLOTS
+from ollm.weights.ring import RING_SLOTS
 from ollm.weights.streamer import Tier, WeightStreamer
 
 DEFAULT_POLICY = "fit"
@@ -136,7 +136,7 @@ def fit_budget(layer_bytes: Sequence[int], device: torch.device) -> int:
     budget = min(ledger.measure(device).device_free * 3 // 4, ledger.room(device))
     if sum(layer_bytes) <= budget:
         return budget
-    return max(budget - SLOTS * max(layer_bytes), 0)
+    return max(budget - RING_SLOTS * max(layer_bytes), 0)
 
 
 def _find(policy: str) -> tuple[str, OffloadPlacement]:

@@ -5,12 +5,14 @@ What is listed in `__all__` is the public contract of API version 1; anything el
 
 from typing import TYPE_CHECKING, Any
 
+from ollm.contracts.blocks import BlockKey, Extent, KVBlock, KVLayout, Location, StoreStats
 from ollm.contracts.hookspecs import API_VERSION, hookimpl
-from ollm.contracts.kv import Commit, Extent, KVBlock, KVStore, StoreStats
+from ollm.contracts.kv import KVStore
 from ollm.contracts.models import ModelAdapter, ModelParts
 from ollm.contracts.offload import OffloadPlacement
 from ollm.contracts.options import NoOptions, option
 from ollm.contracts.spill import KVGeometry, LayerGeometry, MemorySnapshot, SpillPlan, SpillPolicy
+from ollm.contracts.storage import Folder, Storage
 from ollm.contracts.strategy import BuildContext, KVBuildContext, KVFacts, Strategy
 from ollm.errors import (
     ConfigurationError,
@@ -26,35 +28,33 @@ from ollm.storage.options import StorageOptions
 from ollm.units import ByteSize, format_size, parse_size
 
 if TYPE_CHECKING:
-    from ollm.storage.folder import RunFolder
-    from ollm.storage.segments import SegmentedStorage
     from ollm.storage.store import SegmentedStore
-    from ollm.storage.tensors import LayerLayout, unpack
+    from ollm.storage.tensors import pack, unpack
 
 _HEAVY = {
-    "RunFolder": "ollm.storage.folder",
-    "SegmentedStorage": "ollm.storage.segments",
     "SegmentedStore": "ollm.storage.store",
-    "LayerLayout": "ollm.storage.tensors",
+    "pack": "ollm.storage.tensors",
     "unpack": "ollm.storage.tensors",
 }
 
 __all__ = [
     "API_VERSION",
+    "BlockKey",
     "BuildContext",
     "ByteSize",
-    "Commit",
     "ConfigurationError",
     "CorruptDataError",
     "DiskFullError",
     "Extent",
+    "Folder",
     "KVBlock",
     "KVBuildContext",
     "KVFacts",
     "KVGeometry",
+    "KVLayout",
     "KVStore",
     "LayerGeometry",
-    "LayerLayout",
+    "Location",
     "MemorySnapshot",
     "ModelAdapter",
     "ModelParts",
@@ -62,11 +62,10 @@ __all__ = [
     "NonFiniteError",
     "OffloadPlacement",
     "OllmError",
-    "RunFolder",
-    "SegmentedStorage",
     "SegmentedStore",
     "SpillPlan",
     "SpillPolicy",
+    "Storage",
     "StorageError",
     "StorageOptions",
     "StoreContractError",
@@ -76,6 +75,7 @@ __all__ = [
     "format_size",
     "hookimpl",
     "option",
+    "pack",
     "parse_size",
     "unpack",
 ]

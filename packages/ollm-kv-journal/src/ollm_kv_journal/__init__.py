@@ -33,7 +33,7 @@ class JournalOptions(StorageOptions):
 
     compaction_entries: int = option(
         64,
-        help="An index that has so many entries is compacted: those that are contiguous become one.",
+        help="A journal's table that has so many entries is compacted: those that are contiguous become one.",
         validator=_at_least(2),
     )
 
@@ -51,7 +51,7 @@ class TieredOptions(JournalOptions):
 def ollm_kv_stores() -> Iterable[Strategy[KVStore]]:
     yield Strategy(
         name="log-structured-journal",
-        summary="One append-only journal of self-describing frames per layer, with a compacted index.",
+        summary="One append-only journal of self-describing frames per layer, with a compacted table.",
         build=_build_journal,
         options=JournalOptions,
         facts=KVFacts(
@@ -86,14 +86,15 @@ def ollm_spill_policies() -> Iterable[Strategy[SpillPolicy]]:
 def _build_journal(context: KVBuildContext) -> KVStore:
     from ollm_kv_journal.journal import JournalStore
 
-    return JournalStore(context.storage(), compaction_entries=context.options.compaction_entries)
+    entries = context.options.compaction_entries
+    return JournalStore(context.storage(compact_from=entries), compaction_entries=entries)
 
 
 def _build_tiered(context: KVBuildContext) -> KVStore:
     from ollm_kv_journal.journal import JournalStore
 
     options = context.options
-    storage = context.storage(write_buffers=options.write_buffers)
+    storage = context.storage(write_buffers=options.write_buffers, compact_from=options.compaction_entries)
     return JournalStore(storage, compaction_entries=options.compaction_entries)
 
 

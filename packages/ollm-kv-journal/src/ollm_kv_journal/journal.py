@@ -1,100 +1,48 @@
-"""An append-only journal per layer: frames that describe themselves, and an index of where they are.
+"""An append-only journal per layer and branch: frames that describe themselves, and a table of where they are.
 
-The index is what a reader needs to know without reading frames. Its entries are runs of frames that follow each other
-in position and place; each flush adds one, and when there are enough, contiguous ones become one. That depends on
-nothing but the sequence of flushes. Payloads are never rewritten: the idea is that of a log-structured file system
-(Rosenblum and Ousterhout, 1992) without its cleaner. `tiered-write-back` is the same journal behind a hot tail.
+Each flush adds a row to the table, and when there are enough, contiguous ones become one. That depends on nothing but
+the sequence of flushes, and payloads are never rewritten: the idea is that of a log-structured file system (Rosenblum
+and Ousterhout, 1992) without its cleaner. The table is core's; a commit writes it down, compacted by the same rule.
+`tiered-write-back` is the same journal behind a hot tail.
 """
 
 from __future__ import annotations
 
 import attrs
 
-from ollm.plugin import Extent, LayerLayout, SegmentedStorage, SegmentedStore, StoreStats
+from ollm.plugin import Extent, SegmentedStore, Storage, StoreStats
 
 
-@attrs.frozen
-class Entry:
-    """One entry of an index: frames one behind the other, with one number of rows."""
+@attrs.define
+class _Journal:
+    """Counts of one journal's table, as a commit would write it now."""
 
-    start: int
-    """Position of the first token."""
-    offset: int
-    """Where the payload of the first frame begins."""
-    rows: int
-    frames: tuple[int, ...]
-    """Tokens of each."""
-
-    def extents(self, layer: int, layout: LayerLayout, storage: SegmentedStorage) -> list[Extent]:
-        """The extents that the entry stands for."""
-        extents, start, offset = [], self.start, self.offset
-        for tokens in self.frames:
-            nbytes = layout.nbytes(self.rows, tokens)
-            extents.append(Extent(layer, start, tokens, self.rows, nbytes, layer, offset))
-            start, offset = start + tokens, offset + storage.record_bytes(nbytes)
-        return extents
+    rows: int = 0
+    broken: int = 0
+    """How many of them do not follow the row before: what is left when all that is contiguous is joined."""
+    end: tuple[int, int, int] | None = None
+    """Position, place and rows of the batch of a frame that would follow the last one."""
 
 
 class JournalStore(SegmentedStore):
-    """Segment number = layer number."""
+    """A record goes behind the last one of its layer and branch."""
 
-    def __init__(self, storage: SegmentedStorage, *, compaction_entries: int) -> None:
+    def __init__(self, storage: Storage, *, compaction_entries: int) -> None:
+        """Over a storage whose manifests are compacted from as many rows on."""
         super().__init__(storage)
         self._threshold = compaction_entries
-        self._indices: dict[int, list[Entry]] = {}
+        self._journals: dict[tuple[int, int], _Journal] = {}
         self._compactions = 0
 
-    def index(self, layer: int) -> tuple[Entry, ...]:
-        """The index of a layer's journal; together its entries stand for all extents of the layer."""
-        return tuple(self._indices.get(layer, ()))
-
-    def recover(self, layer: int) -> tuple[Extent, ...]:
-        """The extents that the journal's own frames tell of, whatever the index says: those before the first frame that
-        is damaged or cut off. A frame takes the place of everything from its position on."""
-        extents: list[Extent] = []
-        for extent in self.storage.frames(layer):
-            extents = [earlier for earlier in extents if earlier.stop <= extent.start]
-            if extent.start != (extents[-1].stop if extents else 0):
-                break
-            extents.append(extent)
-        return tuple(extents)
-
-    def place(self, layer: int, layout: LayerLayout, rows: int) -> tuple[int, int | None]:
-        return layer, None
-
     def placed(self, extent: Extent) -> None:
-        index = self._indices.setdefault(extent.layer, [])
-        index.append(Entry(extent.start, extent.offset, extent.rows, (extent.tokens,)))
-        if len(index) >= self._threshold:
-            self._compact(extent.layer)
-
-    def truncate(self, layer: int, length: int) -> None:
-        super().truncate(layer, length)
-        kept = []
-        for entry in self._indices.get(layer, ()):
-            stops = [entry.start + sum(entry.frames[: count + 1]) for count in range(len(entry.frames))]
-            frames = tuple(tokens for tokens, stop in zip(entry.frames, stops, strict=True) if stop <= length)
-            if frames:
-                kept.append(attrs.evolve(entry, frames=frames))
-        self._indices[layer] = kept
+        key, location = extent.key, extent.location
+        journal = self._journals.setdefault((key.layer, key.branch), _Journal())
+        journal.rows += 1
+        journal.broken += journal.end != (key.start, location.offset, key.rows)
+        journal.end = extent.stop, location.offset + self.storage.record_bytes(location.nbytes), key.rows
+        if journal.rows >= self._threshold and journal.broken < journal.rows:
+            journal.rows = journal.broken
+            self._compactions += 1
 
     def stats(self) -> StoreStats:
         return attrs.evolve(super().stats(), compactions=self._compactions)
-
-    def _end(self, entry: Entry, layer: int) -> tuple[int, int, int]:
-        """Position, offset and rows of a frame that would follow directly."""
-        layout = self.layout(layer)
-        length = sum(self.storage.record_bytes(layout.nbytes(entry.rows, tokens)) for tokens in entry.frames)
-        return entry.start + sum(entry.frames), entry.offset + length, entry.rows
-
-    def _compact(self, layer: int) -> None:
-        """Join what is contiguous. Frames of other rows, or behind bytes that are still being read, begin an entry."""
-        merged: list[Entry] = []
-        for entry in self._indices[layer]:
-            if merged and self._end(merged[-1], layer) == (entry.start, entry.offset, entry.rows):
-                merged[-1] = attrs.evolve(merged[-1], frames=(*merged[-1].frames, *entry.frames))
-            else:
-                merged.append(entry)
-        if len(merged) < len(self._indices[layer]):
-            self._indices[layer] = merged
-            self._compactions += 1

@@ -1,15 +1,17 @@
 """`paged`: pages of a fixed number of tokens, in slots of a pool that all layers share.
 
-The page table of a layer says which slot holds which tokens. A page that is not full is never grown in place: core
-drops it and appends a fuller one, which goes to another slot. Paging keys and values is vLLM's idea (Kwon et al.,
+The table of a layer says which slot holds which tokens. A page that is not full is never grown in place: core writes a
+fuller one, which goes to another slot, and frees it. Paging keys and values is vLLM's idea (Kwon et al.,
 2023); here the pages lie on disk.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import attrs
 
-from ollm.plugin import KVGeometry, SegmentedStorage
+from ollm.plugin import Extent, KVGeometry, Storage
 from ollm_kv_paged.slots import Pool, SlottedStore
 
 _PAGE_BYTES = 2 * 2**20
@@ -34,13 +36,13 @@ class Page:
 
 
 class PagedStore(SlottedStore):
-    """One pool, which is one file, for layers of one shape and one number of rows."""
+    """One pool, which is one file, for pages of one size."""
 
-    def __init__(self, storage: SegmentedStorage, *, page_tokens: int) -> None:
-        super().__init__(storage, slot_tokens=page_tokens, make_slots=Pool, shares=lambda layer: None)
+    def __init__(self, storage: Storage, *, page_tokens: int) -> None:
+        super().__init__(storage, slot_tokens=page_tokens, make_slots=Pool, shares=lambda key: None)
 
-    def page_table(self, layer: int) -> tuple[Page, ...]:
-        """Where the pages of a layer lie, in order of position."""
+    def page_table(self, extents: Iterable[Extent]) -> tuple[Page, ...]:
+        """The extents of a layer as pages, in order of position."""
         return tuple(
-            Page(extent.start, extent.stop, extent.segment, self.slot(extent)) for extent in self.extents(layer)
+            Page(extent.start, extent.stop, extent.location.segment, self.slot(extent.location)) for extent in extents
         )

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import heapq
 from abc import ABC, abstractmethod
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Hashable, Sequence
 
-from ollm.plugin import Extent, LayerLayout, SegmentedStorage, SegmentedStore
+from ollm.plugin import BlockKey, Extent, KVLayout, Location, SegmentedStore, Storage
 
 
 class Slots(ABC):
@@ -22,16 +22,18 @@ class Slots(ABC):
 
     @property
     def next(self) -> int:
-        """The slot that `take` will take."""
+        """The free slot whose turn it is."""
         free = self._first_free()
         return self._end if free is None else free
 
-    def take(self) -> None:
-        """The next slot is in use from now on."""
-        if self._first_free() is None:
-            self._end += 1
+    def take(self, slot: int) -> None:
+        """A slot is in use from now on: the next one, or any, where an earlier store put something into it."""
+        if slot >= self._end:
+            for skipped in range(self._end, slot):
+                self.give_back(skipped)
+            self._end = slot + 1
         else:
-            self._take_first_free()
+            self._remove_free(slot)
 
     @abstractmethod
     def give_back(self, slot: int) -> None:
@@ -41,7 +43,7 @@ class Slots(ABC):
     def _first_free(self) -> int | None: ...
 
     @abstractmethod
-    def _take_first_free(self) -> None: ...
+    def _remove_free(self, slot: int) -> None: ...
 
 
 class Pool(Slots):
@@ -57,8 +59,12 @@ class Pool(Slots):
     def _first_free(self) -> int | None:
         return self._free[0] if self._free else None
 
-    def _take_first_free(self) -> None:
-        heapq.heappop(self._free)
+    def _remove_free(self, slot: int) -> None:
+        if self._free[0] == slot:
+            heapq.heappop(self._free)
+        else:
+            self._free.remove(slot)
+            heapq.heapify(self._free)
 
 
 class Ring(Slots):
@@ -74,43 +80,53 @@ class Ring(Slots):
     def _first_free(self) -> int | None:
         return self._free[0] if self._free else None
 
-    def _take_first_free(self) -> None:
-        self._free.popleft()
+    def _remove_free(self, slot: int) -> None:
+        self._free.remove(slot)
 
 
 class SlottedStore(SegmentedStore):
-    """Puts each extent into a slot. Layers for which `shares` answers the same share their slots."""
+    """Puts each record into a slot. Layers of one branch for which `shares` answers the same share their slots."""
+
+    extent_tokens: int
 
     def __init__(
         self,
-        storage: SegmentedStorage,
+        storage: Storage,
         *,
         slot_tokens: int,
         make_slots: Callable[[], Slots],
-        shares: Callable[[int], Hashable],
+        shares: Callable[[BlockKey], Hashable],
     ) -> None:
         super().__init__(storage)
-        self.extent_tokens = self._slot_tokens = slot_tokens
-        self._make_slots = make_slots
+        self.extent_tokens = slot_tokens
         self._shares = shares
-        self._numbers: dict[Hashable, int] = {}  # of the files
-        self._files: list[tuple[int, Slots]] = []  # bytes of a slot, and the slots
+        self._slots: defaultdict[int, Slots] = defaultdict(make_slots)  # by the number of their file
+        self._slot_bytes: dict[int, int] = {}
 
-    def place(self, layer: int, layout: LayerLayout, rows: int) -> tuple[int, int | None]:
-        slot_bytes = self.storage.record_bytes(layout.nbytes(rows, self._slot_tokens))
-        number = self._numbers.setdefault((self._shares(layer), slot_bytes), len(self._files))
-        if number == len(self._files):
-            self._files.append((slot_bytes, self._make_slots()))
-        return number, self._files[number][1].next * slot_bytes
+    def file(self, key: BlockKey, layout: KVLayout) -> Hashable:
+        return self._shares(key), self.storage.record_bytes(layout.nbytes(key.rows, self.extent_tokens))
+
+    def place(self, key: BlockKey, layout: KVLayout) -> tuple[int, int | None]:
+        number = self.number(self.file(key, layout))
+        return number, self._slots[number].next * self._bytes(key, layout)
 
     def placed(self, extent: Extent) -> None:
-        self._files[extent.segment][1].take()
+        number = extent.location.segment
+        self._slot_bytes[number] = self._bytes(extent.key, extent.layout)
+        self._slots[number].take(self.slot(extent.location))
 
-    def release(self, extents: Sequence[Extent]) -> None:
-        super().release(extents)
-        for extent in extents:
-            self._files[extent.segment][1].give_back(self.slot(extent))
+    def free(self, locations: Sequence[Location]) -> None:
+        super().free(locations)
+        for location in locations:
+            self._slots[location.segment].give_back(self.slot(location))
+        for number in {location.segment for location in locations}:
+            if not self.storage.holds(number):  # the number may be given to slots of another size
+                del self._slots[number], self._slot_bytes[number]
 
-    def slot(self, extent: Extent) -> int:
-        """The slot of an extent in its file."""
-        return extent.offset // self._files[extent.segment][0]
+    def slot(self, location: Location) -> int:
+        """The slot of a record in its file."""
+        return location.offset // self._slot_bytes[location.segment]
+
+    def _bytes(self, key: BlockKey, layout: KVLayout) -> int:
+        """Of the slot that a record takes."""
+        return self.storage.record_bytes(layout.nbytes(key.rows, self.extent_tokens))

@@ -47,13 +47,12 @@ class Codec(ABC):
         """Bytes of scales and codes of a tensor of this shape."""
 
     @abstractmethod
-    def decode(self, raw: Tensor, shape: Shape, out: Tensor) -> float:
-        """Decode the first `out.shape[2]` tokens.
+    def decode(self, raw: Tensor, out: Tensor) -> float:
+        """Decode a tensor.
 
         Args:
             raw: what `encode` made, as uint8, on any device.
-            shape: of the tensor that was encoded.
-            out: where the result goes, of the original dtype, on that device.
+            out: where the result goes, of the original shape and dtype, on that device.
 
         Returns:
             What `out` must still be multiplied by.
@@ -77,9 +76,9 @@ class Int8PerTensor(Codec):
     def nbytes(self, shape: Shape) -> int:
         return 4 + math.prod(shape)
 
-    def decode(self, raw: Tensor, shape: Shape, out: Tensor) -> float:
+    def decode(self, raw: Tensor, out: Tensor) -> float:
         scale = _view(raw[:4], torch.float32)
-        out.copy_(raw[4:].view(torch.int8).view(*shape)[:, :, : out.shape[2]])
+        out.copy_(raw[4:].view(torch.int8).view(out.shape))
         if out.device.type == "cpu":
             return float(scale)
         out.mul_(scale)  # asking a device for a number would make it wait
@@ -99,11 +98,10 @@ class Int8PerToken(Codec):
     def nbytes(self, shape: Shape) -> int:
         return 4 * math.prod(shape[:3]) + math.prod(shape)
 
-    def decode(self, raw: Tensor, shape: Shape, out: Tensor) -> float:
-        border = 4 * math.prod(shape[:3])
-        scales = _view(raw[:border], torch.float32).view(*shape[:3], 1)
-        out.copy_(raw[border:].view(torch.int8).view(*shape)[:, :, : out.shape[2]])
-        _multiply(out, scales[:, :, : out.shape[2]])
+    def decode(self, raw: Tensor, out: Tensor) -> float:
+        border = 4 * math.prod(out.shape[:3])
+        out.copy_(raw[border:].view(torch.int8).view(out.shape))
+        _multiply(out, _view(raw[:border], torch.float32).view(*out.shape[:3], 1))
         return 1.0
 
 
@@ -132,11 +130,11 @@ class Int4PerTokenGroup(Codec):
     def nbytes(self, shape: Shape) -> int:
         return math.prod(shape) // self._group(shape[3]) * 2 + math.prod(shape) // 2
 
-    def decode(self, raw: Tensor, shape: Shape, out: Tensor) -> float:
-        group, tokens = self._group(shape[3]), out.shape[2]
-        border = math.prod(shape) // group * 2
-        scales = _view(raw[:border], torch.bfloat16).view(*shape[:3], -1, 1)[:, :, :tokens]
-        packed = raw[border:].view(*shape[:3], -1)[:, :, :tokens]
+    def decode(self, raw: Tensor, out: Tensor) -> float:
+        group = self._group(out.shape[3])
+        border = out.numel() // group * 2
+        scales = _view(raw[:border], torch.bfloat16).view(*out.shape[:3], -1, 1)
+        packed = raw[border:].view(*out.shape[:3], -1)
         out[..., 0::2] = packed & 15
         out[..., 1::2] = packed >> 4
         out.sub_(8)

@@ -14,10 +14,9 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from ollm.bench.records import Rates, Sample
-from ollm.io.buffers import aligned_buffer
+from ollm.io.buffers import aligned_buffer, tensor_bytes
 from ollm.io.scheduler import WORKERS
-from ollm.storage.shim import request
-from ollm.storage.tensors import tensor_bytes
+from ollm.io.shim import request
 
 BLOCK = 4 * 2**20
 """What a thread takes at a time. It moves it as ollm does, in requests of `REQUEST_BYTES`: neighbouring requests of

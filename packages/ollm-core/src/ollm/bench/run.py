@@ -101,7 +101,7 @@ def free_now(folder: Path, memory_limit: int | None) -> Free:
     """What a case may take: memory inside the limit, and the disk of `folder`."""
     import torch
 
-    from ollm.memory import measure_memory
+    from ollm.io.ledger import measure_memory
 
     memory = measure_memory(torch.device("cpu")).host_free
     return Free(

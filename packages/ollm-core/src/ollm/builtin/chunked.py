@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from ollm.plugin import LayerLayout, SegmentedStore
+from ollm.plugin import SegmentedStore
 
 
 class ChunkedStore(SegmentedStore):
-    """Segment number = layer number; the chunk list of a layer is its extents."""
-
-    def place(self, layer: int, layout: LayerLayout, rows: int) -> tuple[int, int | None]:
-        return layer, None
+    """A record goes behind the last one of its layer and branch, as in any store that says nothing else."""

@@ -1,4 +1,4 @@
-"""The two ideas of the KV contract: a block is data, an extent is where data is. Records only; nothing here does anything."""
+"""The two ideas of the KV contract: a block is data, an extent is where data is. Records, which do nothing."""
 
 from __future__ import annotations
 

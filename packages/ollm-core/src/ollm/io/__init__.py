@@ -1,4 +1,4 @@
-"""What all reading and writing of large data shares: worker threads, one set per disk, and aligned reusable buffers.
+"""What moves bytes: system calls, files, buffers, the worker threads of a disk, rings to a device, the memory ledger.
 
-Knows nothing of files, formats, keys or values.
+Knows nothing of records, checkpoints, keys or values.
 """

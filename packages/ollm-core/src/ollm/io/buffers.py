@@ -8,7 +8,7 @@ from contextlib import suppress
 import torch
 from torch import Tensor
 
-from ollm.memory import ledger
+from ollm.io.ledger import ledger
 
 ALIGNMENT = 4096
 """What unbuffered reads and writes demand of addresses, offsets and lengths."""
@@ -43,6 +43,13 @@ def aligned_buffer(nbytes: int, *, pinned: bool = False) -> Tensor:
             with suppress(OSError):  # not what is behind the buffer: its rest would take a whole huge page
                 pages.madvise(mmap.MADV_HUGEPAGE, skip, nbytes)
     return raw[skip : skip + nbytes]
+
+
+def tensor_bytes(tensor: Tensor) -> memoryview:
+    """The bytes of a contiguous tensor on the host, not a copy."""
+    if tensor.dtype != torch.uint8 or tensor.dim() != 1:
+        tensor = tensor.reshape(-1).view(torch.uint8)
+    return memoryview(tensor.numpy())  # type: ignore[arg-type]  # numpy's stubs hide it
 
 
 class BufferPool:

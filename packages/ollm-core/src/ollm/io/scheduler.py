@@ -13,6 +13,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import ParamSpec, TypeVar
 
+from ollm.io import shim
+
 WORKERS = 8
 """Threads per disk. On an idle machine four requests of 4 MiB keep a flash disk as busy as eight do (measured: 2.38 and
 2.42 GB/s). The other four are for when attention computes on all cores and a worker must wait for one before it can ask
@@ -57,8 +59,12 @@ _schedulers: dict[tuple[int, int | None], IOScheduler] = {}
 
 def scheduler_of(folder: Path | None) -> IOScheduler:
     """The scheduler of the disk that `folder` is on; `None` stands for all that is on no disk. Give it back with
-    `release`."""
-    key = (os.getpid(), folder.stat().st_dev if folder is not None else None)  # a forked child has no threads
+    `release`.
+
+    Raises:
+        OSError: as the system says of the folder.
+    """
+    key = (os.getpid(), shim.disk.stat(folder).st_dev if folder is not None else None)  # a forked child has no threads
     with _lock:
         found = _schedulers.get(key)
         if found is None:

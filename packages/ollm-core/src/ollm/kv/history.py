@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import attrs
-import torch
 from torch import Tensor
 
 from ollm.attention.blockwise import Block

@@ -1,8 +1,8 @@
 """`PartReader`: some heads and some tokens of extents, without reading the rest of them.
 
-What is asked for becomes runs of pieces, each with a hash of its own; neighbours are read together, and many small reads
-are in flight, for a flash disk that is asked for one at a time stands still most of the time. Knows where bytes lie in a
-block; not why anybody wants them.
+What is asked for becomes runs of pieces, each with a hash of its own; neighbours are read together, and many small
+reads are in flight, for a flash disk that is asked for one at a time stands still most of the time. Knows where bytes
+lie in a block; not why anybody wants them.
 """
 
 from __future__ import annotations

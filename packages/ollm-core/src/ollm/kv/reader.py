@@ -3,7 +3,7 @@
 A step visits the layers in order and each layer's extents in order, and the next step does the same again: what comes
 after an extent is known to whoever asks for it. The reader keeps as many reads in flight as it has buffers, across the
 layers and from one step into the next. A wrong guess costs a read, never a wrong byte: what was read is known by its
-extents, and whoever frees some says so first. The idea of reading ahead across layers is FlexGen's (Sheng et al., 2023).
+extents, and whoever frees some says so first. Reading ahead across layers is FlexGen's idea (Sheng et al., 2023).
 """
 
 from __future__ import annotations

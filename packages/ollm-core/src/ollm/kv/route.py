@@ -49,7 +49,7 @@ class RoutePlanner:
 
     def route(self, entries: Entries) -> Route:
         """The route of what a layer holds."""
-        version = sum(tier.version for tier in (*self._tiers, self._encoded))
+        version = self._encoded.version + sum(tier.version for tier in self._tiers)
         known = self._routes.get(entries)
         if known is None or known[0] != version:
             known = self._routes[entries] = version, self._made(entries)

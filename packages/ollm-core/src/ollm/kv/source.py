@@ -60,9 +60,7 @@ class BlockSource:
         self._counters = counters
         staged = device.type == "cuda"
         keep = lossless and not store.in_memory
-        host = Residency(
-            Share.even(plan.resident_bytes * keep, len(layers)), device=torch.device("cpu"), staged=staged
-        )
+        host = Residency(Share.even(plan.resident_bytes * keep, len(layers)), device=torch.device("cpu"), staged=staged)
         on_device = Residency(Share.even(plan.resident_bytes_device * keep, len(layers)), device=device)
         self._tiers = (on_device, host) if staged else (host,)
         encoded = 0 if lossless or store.in_memory else plan.resident_bytes
@@ -75,7 +73,8 @@ class BlockSource:
         self._parts: PartReader | None = None
         with ExitStack() as undo:  # until all is made
             if staged:
-                self._ring = DeviceRing("Staging buffers", device, READ_BYTES, CudaStreams(device), count=_ON_THE_DEVICE)
+                streams = CudaStreams(device)
+                self._ring = DeviceRing("Staging buffers", device, READ_BYTES, streams, count=_ON_THE_DEVICE)
                 undo.callback(self._ring.close)
             if not store.in_memory:
                 buffers = BufferPool("Read buffers", plan.read_buffers, READ_BYTES, pinned=staged)

@@ -84,8 +84,8 @@ class Writer:
         return rest
 
     def _short(self, layer: LayerTable) -> Entry | None:
-        """The last extent, if it shows fewer tokens than the store wants in one: it is taken back and written anew as it
-        grows. But not where it shares the tokens with other rows, or where writing again would lose something again."""
+        """The last extent, if it shows fewer tokens than the store wants in one: it is taken back and written anew as
+        it grows. But not where other rows share its tokens, or where writing them again would lose something again."""
         last = layer.entries.items[-1] if layer.entries.items else None
         if last is None or last.row_map is not None or not self._lossless:
             return None

@@ -95,7 +95,7 @@ def block_attention(
     start = 0
     blocks: Generator[Block, None, None]
     if isinstance(key, KVHandle):
-        blocks = key.blocks()
+        blocks = key.blocks(query)
     else:
         start = mask.first_key(keys)
         blocks = (block for block in [Block(start, key, cast(Tensor, value))])

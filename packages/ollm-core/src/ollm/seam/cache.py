@@ -77,15 +77,16 @@ class KVCache(Cache):
         """While a layer takes a prompt in pieces: the tokens it has taken, and those of the whole prompt."""
         self._stored: dict[int, LayerHistory] = {}
         self._layer_types = layer_types(config)
-        self._user = session.join()
+        self._branch = session.join()
         for index, (kind, _) in enumerate(self._layer_types):
             if kind == STORED_LAYER_TYPE:
-                number = session.layer_number(self._user, index)
-                self._stored[index] = origin._stored[index].fork(number) if origin else LayerHistory(number, session)
+                before = origin._stored[index] if origin else None
+                history = before.fork(self._branch) if before else LayerHistory(index, session, branch=self._branch)
+                self._stored[index] = history
         histories = list(self._stored.values())
         for history, following in zip(histories, histories[1:] + histories[:1], strict=True):
             history.next = weakref.ref(following)
-        self._leave = weakref.finalize(self, session.leave_soon, self._user, functools.partial(_close_all, histories))
+        self._leave = weakref.finalize(self, session.leave_soon, self._branch, functools.partial(_close_all, histories))
         self._leave.atexit = False  # at exit the store goes as well
         super().__init__(layers=[self._new_layer(index) for index in range(len(self._layer_types))])
         self._attention_layers = [i for i, layer in enumerate(self.layers) if isinstance(layer, CacheLayerMixin)]
@@ -214,9 +215,9 @@ class KVCache(Cache):
             tokens=self.get_seq_length(),
             rows=first.rows if first else 0,
             stored_layers=len(histories),
-            persisted_tokens=first.stored_tokens if first else 0,
-            shared_tokens=first.shared_tokens if first else 0,
-            caches=self._session.users,
+            persisted_tokens=first.table.tokens if first else 0,
+            shared_tokens=first.table.shared_tokens if first else 0,
+            caches=len(self._session.table.branches),
             tail_tokens=first.tail.tokens if first else 0,
             tail_bytes=sum(history.tail.nbytes for history in histories),
             resident_bytes=self._session.source.resident_bytes + stats.memory_bytes,
@@ -230,8 +231,8 @@ class KVCache(Cache):
             save_seconds=self.counters.save_seconds,
             load_seconds=self.counters.load_seconds,
             spills=self.counters.spills,
-            evictions=first.evictions if first else 0,
-            evicted_tokens=first.evicted_tokens if first else 0,
+            evictions=first.table.evictions if first else 0,
+            evicted_tokens=first.table.evicted_tokens if first else 0,
             compactions=stats.compactions,
             window_tokens=self._session.store.window,
             cold_representation=stats.representation,
@@ -244,7 +245,7 @@ class KVCache(Cache):
             if self._undo_blocks is not None:
                 self._undo_blocks()
             self._leave.detach()
-            self._session.leave(self._user, functools.partial(_close_all, list(self._stored.values())))
+            self._session.leave(self._branch, functools.partial(_close_all, list(self._stored.values())))
 
     def __enter__(self) -> Self:
         return self

@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from ollm.errors import MissingExtraError, ModelDirectoryError, OllmError
-from ollm.memory import ledger
+from ollm.io.ledger import ledger
 from ollm.seam.names import CannotStreamError
 from ollm.seam.skeleton import FindLayers, build_streamed
 from ollm.weights.streamer import WeightStreamer

@@ -1,8 +1,9 @@
-"""One private folder per cache: `cache_dir/kv_cache_<strategy>/run-<id>/`, owned through a lock, removed at the end.
+"""One private folder per cache: `cache_dir/kv_cache_<strategy>/run-<id>/`, owned through a lock, removed at the end; or
+`entry-<id>/`, which is kept.
 
 A folder whose owner is dead (its lock is free) is removed when the next cache is made beside it; the folder of a
 living session is never touched. Only files that the format knows, and those that a store made under names of its own,
-are ever deleted. This module knows nothing of what the files hold.
+are ever deleted, and nothing of one that is kept. This module knows nothing of what the files hold.
 """
 
 from __future__ import annotations
@@ -18,8 +19,9 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
+from ollm.contracts.storage import Folder
 from ollm.errors import CacheBusyError, CacheDirectoryError, OllmError, StorageError
-from ollm.storage import shim
+from ollm.io import shim
 
 LOCK = "lock"
 MANIFEST = "manifest.json"
@@ -39,89 +41,137 @@ def segment_name(segment: int) -> str:
     return f"segment-{segment:06d}.kv"
 
 
-class RunFolder:
-    """The private folder of one runtime-scoped cache. `create` makes it, `remove` deletes it; it also goes when it is
-    dropped and at interpreter exit, and after a crash with the next cache that is made beside it.
+class CacheFolder(Folder):
+    """The private folder of one cache, owned through a lock. `create` makes one, `open` takes one that was kept.
 
-    Files of a store's own have names that begin with `store-`; others are left, and so is the folder then.
+    What is not to be kept is removed when it is closed or dropped, at interpreter exit, and after a crash with the next
+    cache that is made beside it. Files of a store's own have names that begin with `store-`; others are left, and so is
+    the folder then.
     """
 
-    def __init__(self, path: Path, lock_fd: int) -> None:
-        """For a folder that was just made; `lock_fd` holds its lock."""
+    def __init__(self, path: Path, lock_fd: int, *, is_new: bool, kept: bool) -> None:
+        """For a folder that this process has locked; `lock_fd` holds the lock."""
         self.path = path
-        """Private to this user: mode 0700."""
-        self._remove = weakref.finalize(self, _remove_owned, path, lock_fd, os.getpid())
+        self.is_new = is_new
+        """Whether nothing of an earlier cache is in it."""
+        self.kept = kept
+        """Whether it stays when it is closed."""
+        self._close = weakref.finalize(self, _let_go if kept else _remove_owned, path, lock_fd, os.getpid())
 
     @classmethod
-    def create(cls, cache_dir: Path, directory: str) -> RunFolder:
-        """Make a folder below `cache_dir/directory`, after removing those whose owners are dead.
+    def create(cls, cache_dir: Path, directory: str, *, keep: bool = False) -> CacheFolder:
+        """Make a folder below `cache_dir/directory`, after removing those that were not to be kept and whose owners are
+        dead.
 
         Raises:
             CacheDirectoryError: when the place is not writable, not ours, or not safe.
         """
         root = cache_dir / directory
-        try:
-            cache_dir.mkdir(parents=True, exist_ok=True)  # the user's own: it may be as it is
-            return cls._create(root)
-        except OSError as error:
-            raise CacheDirectoryError(
-                f"Cannot use {root} for keys and values: {error.strerror or error}. "
-                "Choose a cache_dir on a local disk that you may write to."
-            ) from error
+        with _typed(root):
+            shim.disk.make_folders(cache_dir)
+            with ExitStack() as undo:  # if a step fails, what was done before it
+                undo.callback(_remove_root_if_empty, root)
+                with _root_lock(root):
+                    _collect_dead(root)
+                    path = root / f"{'entry' if keep else 'run'}-{secrets.token_hex(8)}"
+                    shim.disk.mkdir(path)
+                    undo.callback(_remove_folder, path)
+                    lock_fd = shim.disk.open(path / LOCK, os.O_RDWR | os.O_CREAT | os.O_EXCL)
+                    undo.callback(shim.disk.close, lock_fd)
+                    if not shim.disk.try_lock(lock_fd):
+                        raise CacheBusyError(f"{path} was locked by another process as it was made.")
+                undo.pop_all()
+        return cls(path, lock_fd, is_new=True, kept=keep)
 
     @classmethod
-    def _create(cls, root: Path) -> RunFolder:
-        with ExitStack() as undo:  # if a step fails, what was done before it
-            undo.callback(_remove_root_if_empty, root)
-            with _root_lock(root):
-                _collect_dead(root)
-                path = root / f"run-{secrets.token_hex(8)}"
-                shim.disk.mkdir(path)
-                undo.callback(_remove_folder, path)
-                lock_fd = shim.disk.open(path / LOCK, os.O_RDWR | os.O_CREAT | os.O_EXCL)
+    def open(cls, path: Path) -> CacheFolder:
+        """A folder that was kept, to go on with.
+
+        Raises:
+            CacheBusyError: another cache, of this or another process, has it open.
+            CacheDirectoryError: it is not there, not ours, or not safe.
+        """
+        with _typed(path):
+            _check_private(path.parent)
+            _check_private(path)
+            _check_private(path / LOCK, folder=False)
+            lock_fd = shim.disk.open(path / LOCK, os.O_RDWR)
+            with ExitStack() as undo:
                 undo.callback(shim.disk.close, lock_fd)
                 if not shim.disk.try_lock(lock_fd):
-                    raise CacheBusyError(f"{path} was locked by another process as it was made.")
-            undo.pop_all()
-        return cls(path, lock_fd)
+                    raise CacheBusyError(f"{path} is in use by another cache: close that first.")
+                undo.pop_all()
+        return cls(path, lock_fd, is_new=False, kept=True)
 
-    def new_file(self, name: str, flags: int = 0) -> int:
-        """A descriptor of a new, empty file of mode 0600. What an interrupted attempt left under that name goes first.
-
-        Args:
-            name: `store-` and letters, digits, dots, dashes or underscores, for a store's own files.
-            flags: more flags of `os.open`, beside reading and writing.
-
-        Raises:
-            StorageError: for a name that would be left behind.
-            OSError: as the system says.
-        """
+    def open_file(self, name: str, flags: int = 0, *, make: bool = True) -> int:
+        """As in the contract; with `make=False`, only a file that is there already."""
         if not _KNOWN_FILE.fullmatch(name):
             raise StorageError(f"A file named {name!r} would be left behind: begin its name with 'store-'.")
-        with suppress(FileNotFoundError):
-            shim.disk.unlink(self.path / name)
-        return shim.disk.open(self.path / name, os.O_RDWR | os.O_CREAT | os.O_EXCL | flags)
+        path = self.path / name
+        if make:
+            with suppress(FileExistsError):
+                return shim.disk.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | flags)
+        _check_private(path, folder=False)
+        return shim.disk.open(path, os.O_RDWR | flags)
 
-    def replace_manifest(self, raw: bytes) -> None:
+    def read_manifest(self, most_bytes: int) -> bytes:
+        """The manifest, or its beginning, if it is longer.
+
+        Raises:
+            OSError: as the system says.
+            EOFError: it was cut meanwhile.
+        """
+        fd = self.open_file(MANIFEST, make=False)
+        try:
+            raw = bytearray(min(shim.disk.fstat(fd).st_size, most_bytes))
+            shim.read_into(fd, memoryview(raw), 0)
+        finally:
+            shim.disk.close(fd)
+        return bytes(raw)
+
+    def replace_manifest(self, raw: bytes, *, durable: bool) -> None:
         """Replace the manifest in one step: readers see the old one or the new one.
+
+        Args:
+            raw: all of it.
+            durable: whether it must be on the disk before this returns.
 
         Raises:
             OSError: as the system says.
         """
-        fd = self.new_file(MANIFEST_TEMPORARY)
+        temporary = self.path / MANIFEST_TEMPORARY
+        with suppress(FileNotFoundError):  # what an interrupted attempt left
+            shim.disk.unlink(temporary)
+        fd = shim.disk.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL)
         try:
             shim.write_all(fd, memoryview(raw), 0)
+            if durable:
+                shim.disk.fsync(fd)
         finally:
             shim.disk.close(fd)
-        shim.disk.replace(self.path / MANIFEST_TEMPORARY, self.path / MANIFEST)
+        shim.disk.replace(temporary, self.path / MANIFEST)
+        if durable:
+            shim.disk.fsync_folder(self.path)
 
-    def remove(self) -> None:
-        """Delete the folder, and its parent if that was the last one. Does nothing in a forked child or twice.
+    def close(self) -> None:
+        """As in the contract. With the last folder, its parent goes too."""
+        self._close()
 
-        Raises:
-            OSError: as the system says; what is left goes when the next cache is made beside it.
-        """
-        self._remove()
+
+@contextmanager
+def _typed(place: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise CacheDirectoryError(
+            f"Cannot use {place} for keys and values: {error.strerror or error}. "
+            "Choose a cache_dir on a local disk that you may write to."
+        ) from error
+
+
+def _let_go(path: Path, lock_fd: int, owner: int) -> None:
+    if os.getpid() == owner:
+        shim.disk.close(lock_fd)
 
 
 def _remove_owned(path: Path, lock_fd: int, owner: int) -> None:
@@ -204,7 +254,9 @@ def _is_still_there(path: Path, fd: int) -> bool:
 def _collect_dead(root: Path) -> None:
     """Remove the folders of sessions that ended without doing so. The caller holds the root lock."""
     tag = root / TAG
-    if not tag.exists():
+    try:
+        shim.disk.stat(tag)
+    except FileNotFoundError:
         fd = shim.disk.open(tag, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
         try:
             shim.write_all(fd, memoryview(_TAG_TEXT), 0)

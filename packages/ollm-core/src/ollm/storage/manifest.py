@@ -15,8 +15,8 @@ import torch
 
 from ollm.contracts.blocks import BlockKey, Extent, KVLayout, Location
 from ollm.errors import CorruptDataError
-from ollm.io.buffers import ALIGNMENT
 from ollm.io import strict_json
+from ollm.io.buffers import ALIGNMENT
 from ollm.storage.records import DTYPE_CODES, STORE_ID_BYTES, record_span
 
 FORMAT = "ollm-kv"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import struct
+from collections.abc import Sequence
 
 import xxhash
 
@@ -140,7 +141,7 @@ def record_span(location: Location) -> tuple[int, int]:
     return location.offset - ALIGNMENT, location.offset + padded(location.nbytes)
 
 
-def run_span(extents: list[Extent] | tuple[Extent, ...]) -> tuple[int, int]:
+def run_span(extents: Sequence[Extent]) -> tuple[int, int]:
     """Where the first of some records that are neighbours begins, and where the last one ends."""
     return record_span(extents[0].location)[0], record_span(extents[-1].location)[1]
 

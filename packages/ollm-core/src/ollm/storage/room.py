@@ -6,7 +6,7 @@ import errno
 from pathlib import Path
 
 from ollm.errors import DiskFullError, StorageError
-from ollm.storage import shim
+from ollm.io import shim
 from ollm.storage.options import StorageOptions
 from ollm.units import format_size
 

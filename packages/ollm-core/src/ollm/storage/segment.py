@@ -133,7 +133,7 @@ class Segment:
             StorageError: when the system cannot read.
         """
         known = [self._record(extent) for extent in extents]
-        begin, _ = run_span(tuple(extents))
+        begin, _ = run_span(extents)
         spans = [record_span(extent.location) for extent in extents]
         records = [view[start - begin : stop - begin] for start, stop in spans]
         rescued = [rescue(extent.location, record, 0) for extent, record in zip(extents, records, strict=True)]

@@ -8,6 +8,7 @@ Records are written in the background.
 from __future__ import annotations
 
 import functools
+import itertools
 import os
 import secrets
 import sys
@@ -36,7 +37,7 @@ from ollm.io.buffers import ALIGNMENT, tensor_bytes
 from ollm.io.files import DataFile, takes_unbuffered
 from ollm.io.scheduler import IOScheduler, scheduler_of
 from ollm.storage.folder import MANIFEST, CacheFolder, segment_name
-from ollm.storage.manifest import Committed, Manifest
+from ollm.storage.manifest import MAX_MANIFEST_BYTES, Committed, Manifest
 from ollm.storage.options import StorageOptions
 from ollm.storage.records import DTYPE_CODES, STORE_ID_BYTES, piece_bytes, record_bytes, record_span, run_span
 from ollm.storage.room import check_room, failed_write, reason
@@ -87,31 +88,31 @@ class SegmentedStorage(Storage):
         self._lock = threading.Lock()
         self._owner = os.getpid()
         self._moved = Moved()
-        self._scheduler = scheduler_of(folder.path)
-        self._writes = WriteBehind(
-            self._scheduler, lambda error, nbytes: failed_write(error, folder.path, nbytes),
-            count=write_buffers, pinned=pinned,
-        )  # fmt: skip
-        # also at interpreter exit, and when the user just drops the cache
-        self._dispose = weakref.finalize(
-            self, _dispose, folder, self._segments, self._writes, self._scheduler, self._owner
-        )
         new = Manifest(
             lifecycle="persistent" if folder.kept else "runtime-scoped", strategy=strategy,
             store_id=secrets.token_bytes(STORE_ID_BYTES).hex(), parameters=dict(parameters or {}),
         )  # fmt: skip
         try:
-            raw = folder.manifest()
-            if raw is None:
-                folder.replace_manifest(new.to_json(), durable=False)
-            self._manifest = new if raw is None else _same_strategy(Manifest.from_json(raw), new, folder)
-            self.unbuffered = takes_unbuffered(self.path / MANIFEST)
+            with ExitStack() as undo:
+                undo.callback(folder.close)
+                self._scheduler = scheduler_of(folder.path)
+                undo.callback(self._scheduler.release)
+                self._writes = WriteBehind(
+                    self._scheduler, lambda error, nbytes: failed_write(error, folder.path, nbytes),
+                    count=write_buffers, pinned=pinned,
+                )  # fmt: skip
+                undo.callback(self._writes.close)
+                if folder.is_new:
+                    folder.replace_manifest(new.to_json(), durable=False)
+                self._manifest = new if folder.is_new else _kept_manifest(folder, new)
+                self.unbuffered = takes_unbuffered(self.path / MANIFEST)
+                # also at interpreter exit, and when the user just drops the cache
+                self._dispose = weakref.finalize(
+                    self, _dispose, folder, self._segments, self._writes, self._scheduler, self._owner
+                )
+                undo.pop_all()
         except OSError as error:
-            self.close()
             raise failed_write(error, self.path, ALIGNMENT) from error
-        except BaseException:
-            self.close()
-            raise
 
     @property
     def committed(self) -> tuple[Extent, ...]:
@@ -215,14 +216,14 @@ class SegmentedStorage(Storage):
         for number, locations in by_segment.items():
             spans = sorted(map(record_span, locations))
             try:
-                segment = self._segment(number, new=False)
+                segment = self._segment(number, make=False)
                 size = shim.disk.fstat(segment.file.fd).st_size
             except FileNotFoundError:
                 raise CorruptDataError(f"There is no segment {number} in {self.path}.") from None
             except OSError as error:
                 raise StorageError(f"Cannot open segment {number} in {self.path}: {reason(error)}.") from error
-            if spans[-1][1] > size or any(end > start for (_, end), (start, _) in zip(spans, spans[1:], strict=False)):
-                raise CorruptDataError(f"Records lie over each other, or behind the end of segment {number} in {self.path}.")
+            if spans[-1][1] > size or any(end > start for (_, end), (start, _) in itertools.pairwise(spans)):
+                raise CorruptDataError(f"Records of segment {number} in {self.path} overlap or end behind the file.")
             with self._lock:
                 for location in locations:
                     segment.take(location, committed=checksums.get(location))
@@ -284,11 +285,11 @@ class SegmentedStorage(Storage):
         if os.getpid() != self._owner:
             raise CacheForkedError("This cache was made before the process was forked: make a new one in the child.")
 
-    def _segment(self, number: int, *, new: bool = True) -> Segment:
+    def _segment(self, number: int, *, make: bool = True) -> Segment:
         """The open file of a segment."""
         if number not in self._segments:
             name = segment_name(number)
-            fd = self._folder.open_file(name, shim.UNBUFFERED * self.unbuffered, new=new)
+            fd = self._folder.open_file(name, shim.UNBUFFERED * self.unbuffered, make=make)
             self._segments[number] = Segment(
                 self.path / name,
                 DataFile(fd, unbuffered=self.unbuffered),
@@ -306,8 +307,12 @@ class SegmentedStorage(Storage):
         return segment
 
 
-def _same_strategy(found: Manifest, new: Manifest, folder: CacheFolder) -> Manifest:
-    """What was found, if a store such as the new one can go on from it."""
+def _kept_manifest(folder: CacheFolder, new: Manifest) -> Manifest:
+    """The manifest that is there, if a store that would write the new one can go on from it."""
+    try:
+        found = Manifest.from_json(folder.read_manifest(MAX_MANIFEST_BYTES + 1))
+    except (CorruptDataError, EOFError, FileNotFoundError) as error:
+        raise CorruptDataError(f"{folder.path} cannot be gone on with: {error}.") from error
     for name in ("strategy", "parameters", "lifecycle"):
         theirs, ours = getattr(found, name), getattr(new, name)
         if theirs != ours:

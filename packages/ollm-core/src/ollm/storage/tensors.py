@@ -73,7 +73,7 @@ def head_spans(extent: Extent, head: int, start: int, stop: int) -> Iterator[tup
 def _views(layout: KVLayout, rows: int, tokens: int, raw: Tensor) -> KVBlock:
     heads = raw.view(layout.dtype).view(rows, layout.kv_heads, tokens * (layout.key_size + layout.value_size))
     border = tokens * layout.key_size
+    shape = (rows, layout.kv_heads, tokens)
     return KVBlock(
-        heads[..., :border].unflatten(-1, (tokens, layout.key_size)),
-        heads[..., border:].unflatten(-1, (tokens, layout.value_size)),
+        heads[..., :border].view(*shape, layout.key_size), heads[..., border:].view(*shape, layout.value_size)
     )

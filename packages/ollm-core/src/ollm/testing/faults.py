@@ -1,6 +1,6 @@
 """A disk that goes wrong on purpose: operation number `at`, of whatever kind, meets a fault.
 
-Put it in the place of `ollm.storage.shim.disk`. What it knows is how operating systems fail; it knows nothing of
+Put it in the place of `ollm.io.shim.disk`. What it knows is how operating systems fail; it knows nothing of
 records, folders or stores, so that every store can be tested with it.
 """
 
@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-from ollm.storage.shim import Disk
+from ollm.io.shim import Disk
 
 Fault = Callable[[str, tuple[Any, ...]], Any]
 """Takes the name and the arguments of an operation and does what the broken disk does instead."""

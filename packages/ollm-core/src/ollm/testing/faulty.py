@@ -18,9 +18,9 @@ from torch import Tensor
 
 from ollm.contracts.spill import SpillPlan
 from ollm.errors import OllmError
+from ollm.io import shim
 from ollm.kv.history import LayerHistory
 from ollm.kv.session import KVSession
-from ollm.storage import shim
 from ollm.testing.blocks import assert_same, random_block
 from ollm.testing.case import StoreCase, assert_nothing_left, files_of, settle
 from ollm.testing.faults import FAULTS, FaultyDisk

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from ollm.contracts.kv import KVStore
-from ollm.storage import shim
+from ollm.io import shim
 from ollm.testing.blocks import assert_holds
 from ollm.testing.case import StoreCase, assert_nothing_left, settle
 from ollm.testing.faults import FaultyDisk

@@ -12,7 +12,7 @@ import attrs
 import torch
 from torch import Tensor, nn
 
-from ollm.weights.layout import LayerLayout, Parameter
+from ollm.weights.layout import Parameter, WeightLayout
 
 Place = tuple[nn.Module, str]
 """A module, and the name of one of its own parameters."""
@@ -53,7 +53,7 @@ class Binding:
 
     def __init__(self, weights: LayerWeights, device: torch.device) -> None:
         """Placeholders at first look as if they were on `device`: for code that puts weights of its own beside them."""
-        self.layout = LayerLayout(weights.parameters)
+        self.layout = WeightLayout(weights.parameters)
         self._places = weights.places
         self._bound: dict[Hashable, list[nn.Parameter]] = {}
         self.hide(like_real(device))

@@ -10,11 +10,14 @@ from pathlib import Path
 import attrs
 
 from ollm.errors import ModelDirectoryError
+from ollm.io import strict_json
 from ollm.weights.files import WeightFile
-from ollm.weights.shards import StoredTensor, read_shard, strict_json
+from ollm.weights.shards import StoredTensor, read_shard
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+MOST_INDEX_BYTES = 100_000_000
+"""As of a header: an index names the same tensors."""
 
 
 def read_index(path: Path) -> dict[str, str]:
@@ -24,8 +27,9 @@ def read_index(path: Path) -> dict[str, str]:
         ModelDirectoryError: when the index cannot be read or names something else.
     """
     try:
-        index = strict_json((path / INDEX).read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
+        with (path / INDEX).open("rb") as file:
+            index = strict_json.parse(file.read(MOST_INDEX_BYTES + 1), most_bytes=MOST_INDEX_BYTES)
+    except (OSError, ValueError) as error:
         raise ModelDirectoryError(f"Cannot read {path / INDEX}: {error}. The download is damaged, repeat it.") from None
     weight_map = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:

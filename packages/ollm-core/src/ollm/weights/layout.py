@@ -1,4 +1,4 @@
-"""`LayerLayout`: how the weights of one decoder layer lie in a buffer, and which reads bring them there.
+"""`WeightLayout`: how the weights of one decoder layer lie in a buffer, and which reads bring them there.
 
 Tensors that are neighbours in a file are read together, straight into the buffer, and used where they lie. What has to
 be another dtype, is put together from several tensors, or lies at a place that its dtype cannot be used at, goes
@@ -16,13 +16,12 @@ import attrs
 import torch
 from torch import Tensor
 
-from ollm.io.buffers import ALIGNMENT, aligned_buffer
-from ollm.storage.tensors import tensor_bytes
+from ollm.io.buffers import ALIGNMENT, aligned_buffer, tensor_bytes
 from ollm.weights.files import WeightFile
 from ollm.weights.shards import StoredTensor
 
-READ_BYTES = 4 * 2**20
-"""The most that one request reads: enough to keep a disk busy, and a multiple of `ALIGNMENT`."""
+TURN_BYTES = 4 * 2**20
+"""The most that a worker reads before others have their turn; a multiple of `ALIGNMENT`."""
 
 
 @attrs.frozen
@@ -56,7 +55,7 @@ class Parameter:
 
 @attrs.frozen(eq=False)
 class Read(ABC):
-    """One request: bytes of one file, of a length that a worker reads in one go."""
+    """One turn of a worker: bytes of one file."""
 
     file: WeightFile
     tensors: tuple[StoredTensor, ...]
@@ -121,7 +120,7 @@ class ConvertingRead(Read):
             target.view(self.dtype).copy_(elements.view(self.stored.dtype))
 
 
-class LayerLayout:
+class WeightLayout:
     """Where the parameters of one layer lie in a buffer of `nbytes`."""
 
     def __init__(self, parameters: Sequence[Parameter]) -> None:
@@ -159,8 +158,8 @@ class LayerLayout:
         base = self.nbytes
         for number, tensor in run:
             self._places[number] = base + tensor.offset - start
-        for offset in range(start, end, READ_BYTES):
-            length = min(_ceil(end) - offset, READ_BYTES)
+        for offset in range(start, end, TURN_BYTES):
+            length = min(_ceil(end) - offset, TURN_BYTES)
             needed = min(end - offset, length)
             self.reads.append(DirectRead(tensors[0].file, tensors, offset, length, needed, base + offset - start))
         self.nbytes += _ceil(end) - start
@@ -169,7 +168,7 @@ class LayerLayout:
         self._places[number] = self.nbytes
         for source in parameter.sources:
             stored, size = source.stored, source.stored.dtype.itemsize
-            most = READ_BYTES // size
+            most = TURN_BYTES // size
             total = math.prod(stored.shape)
             for first in range(0, total, most):
                 count = min(most, total - first)
@@ -217,8 +216,8 @@ _local = threading.local()
 
 
 def _bounce_buffer() -> Tensor:
-    """This thread's own: one request's bytes, with what alignment adds."""
+    """This thread's own: the bytes of one turn, with what alignment adds."""
     if not hasattr(_local, "buffer"):
-        _local.buffer = aligned_buffer(READ_BYTES + 2 * ALIGNMENT)
+        _local.buffer = aligned_buffer(TURN_BYTES + 2 * ALIGNMENT)
     buffer: Tensor = _local.buffer
     return buffer

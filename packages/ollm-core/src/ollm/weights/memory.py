@@ -13,16 +13,17 @@ import torch
 from torch import Tensor
 
 from ollm.io.buffers import aligned_buffer
+from ollm.io.device_ring import DeviceRing
+from ollm.io.ledger import Claim, ledger
 from ollm.io.scheduler import IOScheduler, scheduler_of
 from ollm.io.streams import CudaStreams
-from ollm.memory import Claim, ledger
 from ollm.weights.counters import WeightCounters
-from ollm.weights.layout import LayerLayout, Parameter
-from ollm.weights.lift import SLOTS as LIFT_SLOTS
-from ollm.weights.lift import Lift
-from ollm.weights.ring import SLOTS, Ring
+from ollm.weights.layout import Parameter, WeightLayout
+from ollm.weights.ring import RING_SLOTS, Ring
 
 HOST = torch.device("cpu")
+_DEVICE_BUFFERS = 2
+"""One is being computed with, one is filled."""
 
 
 @attrs.define(eq=False)
@@ -40,12 +41,12 @@ class Held:
 class WeightMemory:
     """What one model's weights take on the host and on its device."""
 
-    def __init__(self, folder: Path, device: torch.device, layouts: list[LayerLayout], counters: WeightCounters):
+    def __init__(self, folder: Path, device: torch.device, layouts: list[WeightLayout], counters: WeightCounters):
         self.device = device
         self.held: dict[int, Held] = {}
         self.ring: Ring | None = None
         self.slots: list[Tensor] = []
-        self.lift: Lift | None = None
+        self.device_ring: DeviceRing | None = None
         self._layouts = layouts
         self._counters = counters
         self._scheduler = scheduler_of(folder)
@@ -60,17 +61,17 @@ class WeightMemory:
         """Bytes of one slot: the largest layer."""
         return max(layout.nbytes for layout in self._layouts)
 
-    def missing(self, device: torch.device, *, streamed: bool, lifted: bool) -> int:
+    def missing(self, device: torch.device, *, streamed: bool, copied: bool) -> int:
         """Bytes that slots and device buffers still need on a device.
 
         Args:
             device: the host or the model's.
             streamed: whether any layer is to be read from disk.
-            lifted: whether any is to be copied to the accelerator each time.
+            copied: whether any is to be copied to the accelerator each time.
         """
-        slots = SLOTS if device == HOST and streamed and not self.slots else 0
-        if self.on_accelerator and device == self.device and lifted and self.lift is None:
-            slots += LIFT_SLOTS
+        slots = RING_SLOTS if device == HOST and streamed and not self.slots else 0
+        if self.on_accelerator and device == self.device and copied and self.device_ring is None:
+            slots += _DEVICE_BUFFERS
         return slots * self.slot_bytes
 
     def read(self, index: int, device: torch.device) -> Held:
@@ -119,12 +120,15 @@ class WeightMemory:
         if not streamed:
             self._free_slots()
         elif not self.slots:
-            claim = ledger.claim("Slots for streamed weights", SLOTS * self.slot_bytes, HOST)
-            self.slots = [_buffer(self.slot_bytes, pinned=self.on_accelerator) for _ in range(SLOTS)]
-            claim.used = SLOTS * self.slot_bytes
+            claim = ledger.claim("Slots for streamed weights", RING_SLOTS * self.slot_bytes, HOST)
+            self.slots = [_buffer(self.slot_bytes, pinned=self.on_accelerator) for _ in range(RING_SLOTS)]
+            claim.used = RING_SLOTS * self.slot_bytes
             self._slots_claim = claim
-        if self.on_accelerator and self.lift is None and any(map(self._lifted, range(len(self._layouts)))):
-            self.lift = Lift(self.device, self.slot_bytes, CudaStreams(self.device))
+        if self.on_accelerator and self.device_ring is None and any(map(self._is_copied, range(len(self._layouts)))):
+            self.device_ring = DeviceRing(
+                "Device buffers for weights", self.device, self.slot_bytes, CudaStreams(self.device),
+                count=_DEVICE_BUFFERS,
+            )  # fmt: skip
         if streamed:
             reads = {index: self._layouts[index].reads for index in streamed}
             self.ring = Ring(reads, self.slots, self._scheduler, self._counters)
@@ -137,14 +141,14 @@ class WeightMemory:
         for index in list(self.held):
             self.drop(index)
         self._free_slots()
-        if self.lift is not None:
-            self.lift.close()
-            self.lift = None
+        if self.device_ring is not None:
+            self.device_ring.close()
+            self.device_ring = None
         if self._scheduler is not None:
             self._scheduler.release()
             self._scheduler = None  # type: ignore[assignment]
 
-    def _lifted(self, index: int) -> bool:
+    def _is_copied(self, index: int) -> bool:
         """Whether a layer is copied to the accelerator each time."""
         return index not in self.held or self.held[index].device != self.device
 
@@ -162,7 +166,7 @@ def read_apart(parameters: Sequence[Parameter], device: torch.device) -> Iterato
         MemoryLimitError: they do not fit; none is read.
         WeightsError: names the tensor and the file that cannot be read.
     """
-    layouts = [LayerLayout([parameter]) for parameter in parameters]
+    layouts = [WeightLayout([parameter]) for parameter in parameters]
     if not layouts:
         return
     claim = ledger.claim("Embeddings and what else is in no layer", sum(layout.nbytes for layout in layouts), device)
@@ -177,14 +181,14 @@ def read_apart(parameters: Sequence[Parameter], device: torch.device) -> Iterato
         claim.release()
 
 
-def _read(layout: LayerLayout, scheduler: IOScheduler, counters: WeightCounters, *, pinned: bool) -> Tensor:
+def _read(layout: WeightLayout, scheduler: IOScheduler, counters: WeightCounters, *, pinned: bool) -> Tensor:
     """A new buffer with everything in it that a layout describes."""
     buffer = _buffer(layout.nbytes, pinned=pinned)
     _read_into(buffer, layout, scheduler, counters)
     return buffer
 
 
-def _read_into(buffer: Tensor, layout: LayerLayout, scheduler: IOScheduler, counters: WeightCounters) -> None:
+def _read_into(buffer: Tensor, layout: WeightLayout, scheduler: IOScheduler, counters: WeightCounters) -> None:
     ring = Ring({0: layout.reads}, [buffer], scheduler, counters)
     try:
         ring.take(0)

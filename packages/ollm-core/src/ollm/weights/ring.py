@@ -20,7 +20,7 @@ from ollm.io.scheduler import IOScheduler
 from ollm.weights.counters import WeightCounters
 from ollm.weights.layout import Read
 
-SLOTS = 3
+RING_SLOTS = 3
 """One layer computes, one is ready or nearly, one is being read."""
 IN_FLIGHT = 8
 """Requests in the scheduler at a time: as many as it has threads."""
@@ -36,7 +36,7 @@ class _Slot:
 
     buffer: Tensor
     number: int
-    settle: Callable[[], None] = _nothing
+    wait_until_free: Callable[[], None] = _nothing
 
 
 @attrs.define(eq=False)
@@ -108,15 +108,15 @@ class Ring:
             self._current = self._ahead.popleft()
             return filling.slot.number
 
-    def release(self, settle: Callable[[], None] = _nothing) -> None:
+    def release(self, wait_until_free: Callable[[], None] = _nothing) -> None:
         """The layer that was taken is not needed any more; its slot is read into again.
 
         Args:
-            settle: called before that, by the reading thread; waits until the bytes are no longer being copied.
+            wait_until_free: called before that, by the reading thread; waits until the bytes are no longer copied.
         """
         with self._changed:
             if self._current is not None:
-                self._current.slot.settle = settle
+                self._current.slot.wait_until_free = wait_until_free
                 self._idle.append(self._current.slot)
                 self._current = None
                 self._pump()
@@ -169,7 +169,7 @@ class Ring:
         done = 0
         try:
             if not filling.dropped and not self._abandoned:
-                filling.slot.settle()
+                filling.slot.wait_until_free()
                 read.into(filling.slot.buffer)
                 done = read.length
         except BaseException as raised:

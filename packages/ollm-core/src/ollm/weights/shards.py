@@ -6,7 +6,6 @@ format; knows nothing of models.
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -15,8 +14,8 @@ import attrs
 import torch
 
 from ollm.errors import ModelDirectoryError
-from ollm.io.buffers import ALIGNMENT, aligned_buffer
-from ollm.storage.tensors import tensor_bytes
+from ollm.io import strict_json
+from ollm.io.buffers import ALIGNMENT, aligned_buffer, tensor_bytes
 from ollm.weights.files import WeightFile
 
 MOST_HEADER_BYTES = 100_000_000
@@ -60,20 +59,11 @@ def read_shard(path: Path) -> dict[str, StoredTensor]:
         data = 8 + length
         tensors = {name: _tensor(file, data, name, entry) for name, entry in header.items() if name != "__metadata__"}
         _check_coverage(tensors, data, file.size)
-    except (EOFError, OSError, ValueError, RecursionError) as error:
+    except (EOFError, OSError, ValueError) as error:
         raise ModelDirectoryError(
             f"Cannot read the weights in {path}: {error}. The file is damaged or was cut short: get it again."
         ) from error
     return tensors
-
-
-def strict_json(text: bytes) -> Any:
-    """JSON without repeated keys, NaN or infinities.
-
-    Raises:
-        ValueError: for anything else.
-    """
-    return json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant)
 
 
 def _read_header(file: WeightFile) -> tuple[dict[str, Any], int]:
@@ -82,7 +72,7 @@ def _read_header(file: WeightFile) -> tuple[dict[str, Any], int]:
         raise ValueError(f"its header would be {length} bytes long")
     if 8 + length > file.size:
         raise ValueError(f"its header of {length} bytes does not fit into {file.size} bytes")
-    header = strict_json(_read(file, 8, length))
+    header = strict_json.parse(_read(file, 8, length), most_bytes=MOST_HEADER_BYTES)
     if not isinstance(header, dict):
         raise ValueError("its header is not a JSON object")
     return header, length
@@ -130,14 +120,3 @@ def _check_coverage(tensors: dict[str, StoredTensor], data: int, size: int) -> N
 
 def _counts(value: Any) -> bool:
     return isinstance(value, list) and all(type(item) is int and item >= 0 for item in value)
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        raise ValueError("a name occurs twice")
-    return found
-
-
-def _no_constant(name: str) -> Any:
-    raise ValueError(f"{name} is no JSON")

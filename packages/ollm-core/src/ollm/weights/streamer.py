@@ -21,7 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from ollm.errors import WeightsError
-from ollm.memory import ledger
+from ollm.io.device_ring import OnDevice
+from ollm.io.ledger import ledger
 from ollm.weights.binding import Binding, LayerWeights, on_meta
 from ollm.weights.checkpoint import Checkpoint
 from ollm.weights.counters import WeightCounters
@@ -71,7 +72,7 @@ class WeightStreamer:
         self._bindings = [Binding(layer, device) for layer in layers]
         self._memory = WeightMemory(folder, device, [binding.layout for binding in self._bindings], self.counters)
         self._finalizer = weakref.finalize(self, self._memory.close)
-        self._inside: tuple[int, int | None] | None = None  # the layer that computes, and its device buffer
+        self._inside: tuple[int, OnDevice | None] | None = None  # the layer that computes, and its copy on the device
         self._stand_ins: dict[Hashable, tuple[Binding, Tensor]] | None = None
         self._original = vars(decoder).get("forward")
         self._forward = self._wrap(decoder.forward)
@@ -168,10 +169,10 @@ class WeightStreamer:
     def _check_room(self, coming: list[int], going: list[int], wanted: dict[int, torch.device]) -> None:
         sizes, count = [binding.layout.nbytes for binding in self._bindings], len(self._bindings)
         streamed = len(wanted) < count
-        lifted = sum(device == self._device for device in wanted.values()) < count
+        copied = sum(device == self._device for device in wanted.values()) < count
         for device in {HOST, self._device}:
             needed = sum(sizes[index] for index in coming if wanted[index] == device)
-            needed += self._memory.missing(device, streamed=streamed, lifted=lifted)
+            needed += self._memory.missing(device, streamed=streamed, copied=copied)
             freed = sum(sizes[index] for index in going if self._memory.held[index].device == device)
             if needed > freed:
                 ledger.check(f"{len(wanted)} resident layers, with slots for the others,", needed - freed, device)
@@ -238,16 +239,16 @@ class WeightStreamer:
             return
         memory = self._memory
         owner, buffer = self._in_host_memory(index)
-        number = None
-        if memory.lift is not None:
-            number, copied = memory.lift.copy(buffer[: owner.layout.nbytes])
-            buffer = memory.lift.buffers[number]
+        copy = None
+        if memory.device_ring is not None:
+            copy = memory.device_ring.copy([buffer[: owner.layout.nbytes]])
+            (buffer,) = copy.tensors
             if memory.ring is not None:
-                memory.ring.release(copied)
+                memory.ring.release(copy.wait_until_copied)
             elif self._stand_ins is not None:
-                copied()
+                copy.wait_until_copied()
         self._bindings[index].bind(buffer, owner)
-        self._inside = index, number
+        self._inside = index, copy
 
     def _in_host_memory(self, index: int) -> tuple[Binding, Tensor]:
         """A buffer that holds the layer, and the layer whose weights they really are."""
@@ -271,9 +272,9 @@ class WeightStreamer:
         """Take the weights of the layer that computed last, so that its slot is read into again."""
         if self._inside is None:
             return
-        (index, number), self._inside = self._inside, None
+        (index, copy), self._inside = self._inside, None
         self._bindings[index].unbind()
-        if number is not None and self._memory.lift is not None:
-            self._memory.lift.leave(number)
+        if copy is not None:
+            copy.leave()
         elif self._memory.ring is not None:
             self._memory.ring.release()

@@ -1,4 +1,4 @@
-"""Every system call of the storage helper goes through `disk`, so that a test can make any single one fail.
+"""Every system call on files goes through `disk`, so that a test can make any single one fail.
 
 `Disk` only calls; loops, checks and meaning live above it.
 """
@@ -62,6 +62,18 @@ class Disk:
     def truncate(self, fd: int, length: int) -> None:
         os.ftruncate(fd, length)
 
+    def fsync(self, fd: int) -> None:
+        """Wait until what was written to a file is on the medium."""
+        os.fsync(fd)
+
+    def fsync_folder(self, path: Path) -> None:
+        """Wait until the names in a folder are on the medium: what was made, replaced or removed there."""
+        fd = os.open(path, os.O_RDONLY | _SAFE_FLAGS)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
     def try_lock(self, fd: int) -> bool:
         """Take an exclusive `flock` without waiting. It ends with the last descriptor, so also with the process."""
         if fcntl is None:
@@ -76,6 +88,14 @@ class Disk:
         """Make one folder, private whatever the umask."""
         os.mkdir(path, 0o700)
         os.chmod(path, 0o700)
+
+    def make_folders(self, path: Path) -> None:
+        """Make a folder of the user's own and those above it; one that is there stays as it is."""
+        os.makedirs(path, exist_ok=True)
+
+    def stat(self, path: Path) -> os.stat_result:
+        """As `lstat`, of what symbolic links lead to."""
+        return os.stat(path)
 
     def lstat(self, path: Path) -> os.stat_result:
         return os.lstat(path)
@@ -104,23 +124,26 @@ disk = Disk()
 """The one that is used. Always written `shim.disk`, never imported by name, so that replacing it reaches everybody."""
 
 
-def read_exactly(fd: int, buffer: memoryview, offset: int, *, step: int = 1) -> None:
+def read_into(fd: int, buffer: memoryview, offset: int, *, needed: int | None = None, step: int = 1) -> None:
     """Fill `buffer`, over as many reads as it takes.
 
     Args:
         fd, offset: where from.
         buffer: flat bytes.
+        needed: how many must come, by default all; the end of the file may cut off the rest.
         step: go on at multiples of this only, as unbuffered reads must; `buffer` and `offset` are multiples, too.
 
     Raises:
         EOFError: when the file ends first; the message says how much is missing.
         OSError: as the system says; `EINVAL` also where it stopped within a step.
     """
-    done = 0
-    while done < len(buffer):
-        count = _whole_steps(disk.pread_into(fd, request(buffer, done), offset + done), step)
+    done, needed = 0, len(buffer) if needed is None else needed
+    while done < needed:
+        count = disk.pread_into(fd, request(buffer, done), offset + done)
+        if done + count < needed:
+            count = _whole_steps(count, step)
         if count <= 0:
-            raise EOFError(f"{len(buffer) - done} of {len(buffer)} bytes are missing at offset {offset}")
+            raise EOFError(f"{needed - done} of {needed} bytes are missing at offset {offset}")
         done += count
 
 
