@@ -24,6 +24,8 @@ from ollm.testing.case import StoreCase, bytes_of, depth, files_of, settle
 _BLOCK = 4096
 _PLACES = 12
 """About how many places of each file are damaged, one at a time; see `depth`."""
+_SHIFTS = 48
+"""How many distances: a record's among them."""
 
 
 class FilesTests(StoreCase):
@@ -98,7 +100,7 @@ class FilesTests(StoreCase):
             shift = number * _BLOCK
             return content[shift:] + content[:shift]
 
-        self._damage(tmp_path, misplace, lambda size: _spread(1, -(-size // _BLOCK), _PLACES))
+        self._damage(tmp_path, misplace, lambda size: range(1, min(-(-size // _BLOCK), depth(_SHIFTS))))
 
     def test_a_file_that_is_empty_gives_right_data_or_a_typed_error(self, tmp_path: Path) -> None:
         """As after a crash of the machine, which leaves zeros."""
