@@ -15,7 +15,7 @@ import secrets
 import stat
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
@@ -29,7 +29,8 @@ MANIFEST_TEMPORARY = "manifest.json.tmp"
 TAG = "CACHEDIR.TAG"
 _TAG_TEXT = b"Signature: 8a477f597d28d172789f06886806bc55\n# Keys and values of ollm, private to their owner.\n"
 _RUN = re.compile(r"run-[0-9a-f]{16}")
-_KNOWN_FILE = re.compile(r"lock|manifest\.json(\.tmp)?|segment-\d{6}\.kv|store-[A-Za-z0-9._-]+")
+_SEGMENT = re.compile(r"segment-\d{6}\.kv")
+_KNOWN_FILE = re.compile(rf"lock|manifest\.json(\.tmp)?|{_SEGMENT.pattern}|store-[A-Za-z0-9._-]+")
 _ROOT_LOCK_SECONDS = 30.0
 _OTHERS_MAY_WRITE = stat.S_IWGRP | stat.S_IWOTH
 
@@ -152,6 +153,14 @@ class CacheFolder(Folder):
         shim.disk.replace(temporary, self.path / MANIFEST)
         if durable:
             shim.disk.fsync_folder(self.path)
+
+    def drop_segments(self, kept: Iterable[int]) -> None:
+        """Remove the files of all segments but these. What the system does not let go of only costs space."""
+        names = {segment_name(number) for number in kept}
+        with suppress(OSError):
+            for name in shim.disk.listdir(self.path):
+                if _SEGMENT.fullmatch(name) and name not in names:
+                    shim.disk.unlink(self.path / name)
 
     def close(self) -> None:
         """As in the contract. With the last folder, its parent goes too."""

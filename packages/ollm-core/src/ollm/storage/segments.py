@@ -228,6 +228,7 @@ class SegmentedStorage(Storage):
                 for location in locations:
                     segment.take(location, committed=checksums.get(location))
                 segment.let_go(())
+        self._folder.drop_segments(by_segment)
 
     def read(self, extents: Sequence[Extent], buffer: Tensor) -> list[Tensor]:
         begin, end = run_span(extents)
