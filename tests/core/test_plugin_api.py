@@ -13,24 +13,23 @@ from ollm import disk_cache
 from ollm.errors import PluginError, StorageError
 from ollm.plugin import (
     API_VERSION,
-    Commit,
+    Folder,
     KVBuildContext,
     KVFacts,
-    RunFolder,
-    SegmentedStorage,
     SegmentedStore,
+    Storage,
     StorageOptions,
     Strategy,
 )
 from ollm.registry import Kind, Offer, PluginReport, Status, catalog, registry
-from ollm.testing import assert_holds, random_block, read_extent, store_context
+from ollm.testing import assert_holds, random_block, read_extent, store_context, write_blocks
 
 
 class OneSegment(SegmentedStore):
-    """All that a store on disk must say."""
+    """All that a store on disk need say."""
 
-    def place(self, layer, layout, rows):
-        return 3, None
+    def file(self, key, layout):
+        return "the only one"
 
 
 @pytest.fixture
@@ -99,18 +98,35 @@ def test_a_store_that_said_it_uses_no_disk_gets_none(model, offer, ask):
 
 def test_a_folder_is_private_and_takes_only_what_will_be_removed(tmp_path):
     folder = store_context(tmp_path).folder()
-    assert isinstance(folder, RunFolder)
+    assert isinstance(folder, Folder)
     assert stat.S_IMODE(folder.path.stat().st_mode) == 0o700
-    with open(folder.new_file("store-index.sqlite"), "wb") as file:  # noqa: PTH123 (a descriptor)
+    with open(folder.open_file("store-index.sqlite"), "wb") as file:  # noqa: PTH123 (a descriptor)
         assert stat.S_IMODE((folder.path / "store-index.sqlite").stat().st_mode) == 0o600
         file.write(b"something")
     for name in ("index.sqlite", "store-/../../x", "../store-x", ""):
         with pytest.raises(StorageError, match="would be left behind"):
-            folder.new_file(name)
+            folder.open_file(name)
     (folder.path / "store-index.sqlite-wal").touch()
-    folder.remove()
-    folder.remove()
+    folder.close()
+    folder.close()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_is_kept_is_found_again(tmp_path):
+    """By the next context that keeps its folder, too; one that does not gets another."""
+    folder = store_context(tmp_path, keep=True).folder()
+    with open(folder.open_file("store-index.sqlite"), "wb") as file:  # noqa: PTH123 (a descriptor)
+        file.write(b"something")
+    path = folder.path
+    folder.close()
+    other = store_context(tmp_path).folder()
+    again = store_context(tmp_path, keep=True).folder()
+    assert (again.path, other.path != path) == (path, True)
+    with open(again.open_file("store-index.sqlite"), "rb") as file:  # noqa: PTH123 (a descriptor)
+        assert file.read() == b"something"
+    other.close()
+    again.close()
+    assert path.exists()
 
 
 def test_a_folder_that_is_dropped_goes(tmp_path):
@@ -122,15 +138,12 @@ def test_a_folder_that_is_dropped_goes(tmp_path):
 
 def test_a_store_on_disk_is_one_method(tmp_path):
     store = OneSegment(store_context(tmp_path).storage())
-    assert isinstance(store.storage, SegmentedStorage)
+    assert isinstance(store.storage, Storage)
     blocks = [random_block(5, seed=seed) for seed in (1, 2)]
-    for keys, values in blocks:
-        store.append(0, keys, values)
-    assert_holds(store, 0, blocks)
-    assert {extent.segment for extent in store.extents(0)} == {3}
-    assert torch.equal(read_extent(store, store.extents(0)[1])[0], blocks[1][0])
-    store.commit(Commit(tokens=10))  # a store that is not durable ignores it
-    assert_holds(store, 0, blocks)
+    extents = [write_blocks(store, [block], layer=layer)[0] for layer, block in enumerate(blocks)]
+    assert_holds(store, extents, blocks)
+    assert {extent.location.segment for extent in extents} == {0}
+    assert torch.equal(read_extent(store, extents[1]).keys, blocks[1].keys)
     store.close()
 
 

@@ -66,7 +66,7 @@ def store_context(
 def depth(times: int) -> int:
     """How often something is tried: so many times where Hypothesis tries 100 examples, its default, and with another
     profile in proportion. At least once."""
-    return max(times * settings.get_profile(settings.get_current_profile_name()).max_examples // 100, 1)
+    return max(times * settings().max_examples // 100, 1)
 
 
 def settle(store: KVStore) -> None:

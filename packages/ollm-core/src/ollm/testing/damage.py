@@ -24,8 +24,6 @@ from ollm.testing.case import StoreCase, bytes_of, depth, files_of, settle
 _BLOCK = 4096
 _PLACES = 12
 """About how many places of each file are damaged, one at a time; see `depth`."""
-_SHIFTS = 48
-"""How many distances: a record's among them."""
 
 
 class FilesTests(StoreCase):
@@ -100,7 +98,15 @@ class FilesTests(StoreCase):
             shift = number * _BLOCK
             return content[shift:] + content[:shift]
 
-        self._damage(tmp_path, misplace, lambda size: range(1, min(-(-size // _BLOCK), depth(_SHIFTS))))
+        with self._filled_again(tmp_path) as (_, table, _):
+            record = max(extent.location.nbytes for extent in table) // _BLOCK  # without header and padding
+        likely = {1, *(count * record + more for count in (1, 2) for more in range(4))}
+
+        def shifts(size: int) -> list[int]:
+            blocks = -(-size // _BLOCK)
+            return sorted({shift for shift in likely if shift < blocks} | {*_spread(1, blocks, _PLACES // 3)})
+
+        self._damage(tmp_path, misplace, shifts)
 
     def test_a_file_that_is_empty_gives_right_data_or_a_typed_error(self, tmp_path: Path) -> None:
         """As after a crash of the machine, which leaves zeros."""

@@ -6,15 +6,18 @@ A failure prints the shortest sequence of operations that shows it, as a program
 from __future__ import annotations
 
 import tempfile
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import attrs
 import hypothesis.strategies as st
+from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 
 from ollm.contracts.blocks import Extent, KVBlock
 from ollm.testing.blocks import assert_holds, random_block, write_blocks
-from ollm.testing.case import StoreCase, most_tokens, settle
+from ollm.testing.case import StoreCase, depth, most_tokens, settle
 
 _LAYERS = st.sampled_from((0, 1))
 _BRANCHES = st.sampled_from((0, 1))
@@ -35,7 +38,8 @@ class RandomOperationsTests(StoreCase):
     def test_random_operations(self, tmp_path: Path) -> None:
         """What was written and not freed is given back, whatever else was done."""
         goes_on = self.can_go_on(tmp_path)
-        run_state_machine_as_test(lambda: _StoreMachine(self, goes_on))  # type: ignore[arg-type]
+        machine: Any = partial(_StoreMachine, self, goes_on)
+        run_state_machine_as_test(machine, settings=settings(max_examples=depth(60)))
 
 
 class _StoreMachine(RuleBasedStateMachine):
