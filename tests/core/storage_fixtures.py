@@ -10,11 +10,11 @@ from pathlib import Path
 
 import torch
 
-from ollm.contracts.kv import Extent
+from ollm.contracts.blocks import Extent
 from ollm.io.buffers import aligned_buffer
-from ollm.storage.folder import RunFolder
+from ollm.storage.folder import CacheFolder
 from ollm.storage.options import StorageOptions
-from ollm.storage.records import record_span
+from ollm.storage.records import run_span
 from ollm.storage.segments import SegmentedStorage
 
 DIRECTORY = "kv_cache_test"
@@ -23,7 +23,7 @@ DIRECTORY = "kv_cache_test"
 def open_storage(cache_dir: Path, **options: object) -> SegmentedStorage:
     """A new storage in a folder of its own below `cache_dir/kv_cache_test`."""
     settings = {"min_free_bytes": 0, **options}
-    return SegmentedStorage(RunFolder.create(cache_dir, DIRECTORY), strategy="test", options=StorageOptions(**settings))
+    return SegmentedStorage(CacheFolder.create(cache_dir, DIRECTORY), strategy="test", options=StorageOptions(**settings))
 
 
 def put(
@@ -45,7 +45,7 @@ def as_tensor(payload: bytes) -> torch.Tensor:
 
 def read_raw(storage: SegmentedStorage, *extents: Extent) -> list[torch.Tensor]:
     """The payloads of adjacent extents, in a buffer of their own."""
-    begin, end = record_span(extents[0])[0], record_span(extents[-1])[1]
+    begin, end = run_span(extents)
     return storage.read(extents, aligned_buffer(end - begin))
 
 

@@ -9,14 +9,17 @@ import torch
 
 from core.storage_fixtures import open_storage
 from ollm.builtin.chunked import ChunkedStore
+from ollm.contracts.blocks import Extent
 from ollm.contracts.spill import SpillPlan
 from ollm.kv.history import LayerHistory
-from ollm.kv.rows import take
+from ollm.kv.table import take
 from ollm.kv.session import KVSession
 
 HEADS, SIZE = 2, 64
 TOKENS = 16
 """Of an extent."""
+ANY = torch.empty(0)
+"""A query, where all extents are attended to anyway."""
 EXTENT_BYTES = 2 * HEADS * TOKENS * SIZE * 4
 
 
@@ -41,10 +44,15 @@ def make_session(folder: Path, *, layers: int = 3, extents: int = 0, store_type=
     return session, histories
 
 
+def extents_of(history: LayerHistory) -> list[Extent]:
+    """What a layer holds, in order."""
+    return [entry.extent for entry in history.table.entries]
+
+
 def walk(history: LayerHistory, seed: int = 0) -> dict[int, torch.Tensor]:
     """All keys of a layer by position, as attention meets them in a decode step with one more token."""
     handle = history.handle(*tokens(1, seed))
-    return {block.start: take(block.keys, block.row_map).clone() for block in handle.blocks()}
+    return {block.start: take(block.keys, block.row_map).clone() for block in handle.blocks(ANY)}
 
 
 def expected(layer: int, extents: int) -> torch.Tensor:

@@ -8,8 +8,8 @@ import weakref
 import pytest
 import torch
 
-from core.engine_fixtures import EXTENT_BYTES, TOKENS, make_session, tokens
-from ollm.kv.rows import take
+from core.kv.engine_fixtures import ANY, EXTENT_BYTES, TOKENS, extents_of, make_session, tokens
+from ollm.kv.table import take
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -18,12 +18,12 @@ LAYERS, EXTENTS, FORKS = 3, 6, 5
 
 def fork_of(session, layers, rows):
     """What `KVCache.fork` does: the same histories again, with rows that ride on the first."""
-    user = session.join()
-    forks = [layer.fork(session.layer_number(user, layer.layer)) for layer in layers]
+    branch = session.join()
+    forks = [layer.fork(branch) for layer in layers]
     for fork, following in zip(forks, forks[1:] + forks[:1], strict=True):
         fork.next = weakref.ref(following)
         fork.select_rows(torch.zeros(rows, dtype=torch.int64))
-    return user, forks
+    return branch, forks
 
 
 def step(layers, rows, seed=0):
@@ -31,7 +31,7 @@ def step(layers, rows, seed=0):
     result = []
     for number, layer in enumerate(layers):
         new = tokens(1, seed=seed + number, rows=rows)
-        blocks = [(block.start, take(block.keys, block.row_map).clone()) for block in layer.handle(*new).blocks()]
+        blocks = [(block.start, take(block.keys, block.row_map).clone()) for block in layer.handle(*new).blocks(ANY)]
         layer.append(*new)
         result.append(torch.cat([keys for _, keys in sorted(blocks, key=lambda pair: pair[0])], dim=2))
     return result
@@ -85,7 +85,7 @@ def test_closing_a_fork_frees_its_own_bytes_and_nothing_else(started):
     assert session.store.stats().disk_bytes > before
     session.leave(user, lambda: [fork.close() for fork in forks])
     assert session.store.stats().disk_bytes == before
-    assert session.users == 1
+    assert session.table.branches == {0}
     step(layers, 1)
 
 
@@ -94,7 +94,7 @@ def test_what_a_fork_still_needs_outlives_its_origin(started):
     _, forks = fork_of(session, layers, 2)
     truth = step(forks, 2)
     session.leave(user, lambda: [layer.close() for layer in layers])
-    assert [session.store.extents(layer) for layer in range(LAYERS)] == [()] * LAYERS
+    assert [extents_of(layer) for layer in layers] == [[]] * LAYERS
     again = step(forks, 2)
     for before, after in zip(truth, again, strict=True):
         assert torch.equal(before[:, :, :-1], after[:, :, : before.shape[2] - 1])
@@ -106,13 +106,13 @@ def test_a_fork_that_was_cropped_into_what_it_shares_keeps_the_rest(started):
     middle = 2 * TOKENS + 5
     for fork in forks:
         fork.crop(middle)
-        assert (fork.tokens, fork.tail.tokens, fork.shared_tokens) == (middle, 5, 2 * TOKENS)
+        assert (fork.tokens, fork.tail.tokens, fork.table.shared_tokens) == (middle, 0, middle)
     for number, (ours, whole) in enumerate(zip(step(forks, 2), step(layers, 1), strict=True)):
         assert torch.equal(ours[:, :, :middle], whole[:, :, :middle].expand(2, -1, -1, -1)), number
     for fork in forks:
         fork.crop(0)
-        assert (fork.tokens, fork.stored) == (0, ())
-    assert len(layers[0].stored) == EXTENTS
+        assert (fork.tokens, extents_of(fork)) == (0, [])
+    assert len(extents_of(layers[0])) == EXTENTS
 
 
 def test_a_fork_of_a_fork_shares_what_both_had(started):
@@ -120,8 +120,8 @@ def test_a_fork_of_a_fork_shares_what_both_had(started):
     first_user, first = fork_of(session, layers, 2)
     for number in range(TOKENS + 3):
         step(first, 2, seed=number)
-    second_user = session.join()
-    second = [layer.fork(session.layer_number(second_user, number)) for number, layer in enumerate(first)]
+    branch = session.join()
+    second = [layer.fork(branch) for layer in first]
     for ours, theirs in zip(second, first, strict=True):
         assert all(map(torch.equal, ours.gather(*tokens(0, rows=2)), theirs.gather(*tokens(0, rows=2))))
     session.leave(first_user, lambda: [layer.close() for layer in first])
@@ -150,6 +150,6 @@ def test_a_dropped_fork_is_tidied_up_when_another_one_goes_on(started):
     session.leave_soon(user, lambda forks=forks: [fork.close() for fork in forks])
     del forks
     gc.collect()
-    assert session.users == 2
+    assert len(session.table.branches) == 2
     step(layers, 1)
-    assert session.users == 1
+    assert len(session.table.branches) == 1

@@ -6,7 +6,7 @@ import threading
 
 import torch
 
-from core.engine_fixtures import TOKENS, expected, joined, tokens, walk
+from core.kv.engine_fixtures import TOKENS, expected, joined, tokens, walk
 from ollm.builtin.resident import ResidentStore
 from ollm.contracts.kv import KVStore
 from ollm.contracts.spill import SpillPlan
@@ -23,11 +23,8 @@ def test_a_store_without_files_is_read_ahead_too_on_the_workers():
         def __init__(self):
             self.near, self.threads = ResidentStore(), set()
 
-        def append(self, layer, keys, values):
-            self.near.append(layer, keys, values)
-
-        def extents(self, layer):
-            return self.near.extents(layer)
+        def write(self, block, key):
+            return self.near.write(block, key)
 
         def read(self, extent):
             self.threads.add(threading.current_thread().name)
@@ -36,8 +33,8 @@ def test_a_store_without_files_is_read_ahead_too_on_the_workers():
         def decode(self, extent, raw, out):
             return self.near.decode(extent, raw, out)
 
-        def truncate(self, layer, length):
-            self.near.truncate(layer, length)
+        def free(self, locations):
+            self.near.free(locations)
 
     store = Far()
     plan = SpillPlan(flush_tokens=TOKENS, flush_bytes=2**30, read_buffers=4)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 
-from core.engine_fixtures import make_session, tokens
+from core.kv.engine_fixtures import make_session, tokens
 from core.storage_fixtures import open_storage
 from ollm.builtin.chunked import ChunkedStore
 from ollm.contracts.spill import SpillPlan

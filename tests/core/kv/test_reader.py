@@ -10,12 +10,13 @@ import threading
 import pytest
 import torch
 
-from core.engine_fixtures import EXTENT_BYTES, TOKENS, expected, joined, make_session, tokens, walk
+from core.kv.engine_fixtures import ANY, EXTENT_BYTES, TOKENS, expected, extents_of, joined, make_session, tokens, walk
 from ollm.builtin.chunked import ChunkedStore
 from ollm.errors import CorruptDataError, StorageError
 from ollm.io import shim
 from ollm.io.buffers import ALIGNMENT
-from ollm.kv import reader, source
+from ollm.kv import route
+from ollm.kv.reader import READ_BYTES
 from ollm.testing.faults import FaultyDisk, fails
 
 pytestmark = pytest.mark.timeout(60)
@@ -26,7 +27,7 @@ LAYERS, EXTENTS = 3, 6
 @pytest.fixture(autouse=True)
 def one_extent_at_a_time(monkeypatch):
     """So that small tests have as many reads as large caches."""
-    monkeypatch.setattr(reader, "READ_BYTES", EXTENT_BYTES + 2 * ALIGNMENT)
+    monkeypatch.setattr(route, "READ_BYTES", EXTENT_BYTES + 2 * ALIGNMENT)
 
 
 @pytest.fixture
@@ -82,7 +83,7 @@ def test_reads_in_flight_reach_the_number_of_buffers_across_layers(cache, monkey
     session, layers = cache
     disk = Watching()
     monkeypatch.setattr(shim, "disk", disk)
-    blocks = layers[0].handle(*tokens(1)).blocks()
+    blocks = layers[0].handle(*tokens(1)).blocks(ANY)
     for _ in range(EXTENTS - 1):
         next(blocks)
     disk.opened.clear()
@@ -95,7 +96,7 @@ def test_reads_in_flight_reach_the_number_of_buffers_across_layers(cache, monkey
     assert before == session.source.reads_in_flight == session.plan.read_buffers - 1
     fds = {fd for fd, _ in disk.reads}
     assert len(fds) == 2, "the next layer is being read while this one is in use"
-    assert session.source.buffer_bytes <= session.plan.read_buffers * source.READ_BYTES
+    assert session.source.buffer_bytes <= session.plan.read_buffers * READ_BYTES
     blocks.close()
     assert session.source.reads_in_flight == 0
 
@@ -107,7 +108,7 @@ def test_memory_does_not_grow_over_many_steps(cache):
     addresses = set()
     for _ in range(200):
         for layer in layers:
-            for block in layer.handle(*tokens(1)).blocks():
+            for block in layer.handle(*tokens(1)).blocks(ANY):
                 if block.start < EXTENTS * TOKENS:
                     addresses.add(block.keys.untyped_storage().data_ptr())
     assert (session.source.buffer_bytes, session.source.reads_in_flight) == first
@@ -117,7 +118,7 @@ def test_memory_does_not_grow_over_many_steps(cache):
 def test_an_interrupted_step_leaves_no_read_behind_and_the_next_one_is_right(cache):
     session, layers = cache
     check_step(layers)
-    blocks = layers[1].handle(*tokens(1)).blocks()
+    blocks = layers[1].handle(*tokens(1)).blocks(ANY)
     next(blocks)
     blocks.close()
     assert session.source.reads_in_flight == 0
@@ -166,7 +167,7 @@ def test_an_error_in_any_read_surfaces_where_its_bytes_are_wanted(cache, monkeyp
     session, layers = cache
     total = LAYERS * EXTENTS
     for at in range(total):
-        session.source.forget_reads([extent for layer in range(LAYERS) for extent in session.store.extents(layer)])
+        session.source.cancel_reads()
         disk = FaultyDisk(fails(code), at, lasting=True, only=frozenset({"pread_into"}))
         with monkeypatch.context() as patch:
             patch.setattr(shim, "disk", disk)
@@ -205,7 +206,7 @@ def test_closing_in_the_middle_of_reading_joins_and_removes_everything(tmp_path,
     disk = Watching()
     monkeypatch.setattr(shim, "disk", disk)
     disk.opened.clear()
-    walking = layers[0].handle(*tokens(1)).blocks()
+    walking = layers[0].handle(*tokens(1)).blocks(ANY)
     next_block = threading.Thread(target=lambda: next(walking))
     next_block.start()
     disk.wait_for(1)
@@ -218,55 +219,47 @@ def test_closing_in_the_middle_of_reading_joins_and_removes_everything(tmp_path,
 
 
 class Slots(ChunkedStore):
-    """Reuses the place of a released extent at once, as a ring does: every segment is one slot."""
+    """Reuses the place of a freed record at once, as a ring does: every segment is one slot."""
 
     def __init__(self, storage):
         super().__init__(storage)
         self._free, self._next = [], itertools.count()
 
-    def append(self, layer, keys, values):
-        from ollm.storage.tensors import LayerLayout
+    def place(self, key, layout):
+        return self._free[-1] if self._free else next(self._next), None
 
-        layout, before = LayerLayout.of(keys, values), self.extents(layer)
-        extent = self.storage.write(
-            [keys, values],
-            segment=self._free.pop() if self._free else next(self._next),
-            layer=layer,
-            start=before[-1].stop if before else 0,
-            tokens=keys.shape[2],
-            rows=keys.shape[0],
-            dtype=layout.dtype_name,
-        )
-        self._layouts[layer] = layout
-        self._extents[layer] = (*before, extent)
+    def placed(self, extent):
+        if extent.location.segment in self._free:
+            self._free.remove(extent.location.segment)
 
-    def release(self, extents):
-        super().release(extents)
-        self._free += [extent.segment for extent in extents]
+    def free(self, locations):
+        super().free(locations)
+        self._free += [location.segment for location in locations]
 
 
 def test_what_is_being_read_is_never_overwritten_by_a_store_that_reuses_its_slots(tmp_path, monkeypatch):
     """Reads are held back while the writer drops what they read and writes something else."""
-    session, layers = make_session(tmp_path, layers=1, extents=EXTENTS, store_type=Slots)
-    (layer,) = layers
+    session, (layer,) = make_session(tmp_path, layers=1, extents=EXTENTS, store_type=Slots)
     handle = layer.handle(*tokens(1))
     disk = Watching()
     monkeypatch.setattr(shim, "disk", disk)
     disk.opened.clear()
     got = {}
     reading = threading.Thread(
-        target=lambda: got.update({block.start: block.keys.clone() for block in handle.blocks()})
+        target=lambda: got.update({block.start: block.keys.clone() for block in handle.blocks(ANY)})
     )
     reading.start()
     disk.wait_for(1)
-    dropped = session.store.extents(0)
-    session.store.truncate(0, 0)
-    session.pins.drop(dropped)
-    assert session.pins.take_unread() == [], "all of them are pinned"
+    layer.table.crop(0)
+    assert session.table.take_unread() == [], "all of them are pinned"
     for number in range(3):
-        session.store.append(0, *tokens(TOKENS, seed=900 + number))
+        layer.append(*tokens(TOKENS, seed=900 + number))
     disk.opened.set()
     reading.join(30)
     assert torch.equal(joined(got, EXTENTS * TOKENS), expected(0, EXTENTS))
-    assert session.pins.dropped == set(), "given back once they were read"
+    segments = {extent.location.segment for extent in extents_of(layer)}
+    assert segments.isdisjoint(range(EXTENTS))
+    layer.append(*tokens(TOKENS, seed=903))
+    layer.append(*tokens(TOKENS, seed=904))
+    assert {extent.location.segment for extent in extents_of(layer)} & set(range(EXTENTS)), "used again, once read"
     session.close()
