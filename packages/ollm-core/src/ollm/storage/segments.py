@@ -14,7 +14,7 @@ import sys
 import threading
 import weakref
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -77,37 +77,30 @@ class SegmentedStorage:
         self._lock = threading.Lock()
         self._owner = os.getpid()
         self._moved = Moved()
-        try:
-            self.scheduler = scheduler_of(folder.path)
-            """The workers of the disk that the folder is on."""
-        except BaseException as error:
-            with suppress(OSError):  # then it goes when the next cache is made beside it
-                folder.remove()
-            if not isinstance(error, OSError):
-                raise
-            raise failed_write(error, folder.path, ALIGNMENT) from error
-        self._writes = WriteBehind(
-            self.scheduler, lambda error, nbytes: failed_write(error, folder.path, nbytes),
-            count=write_buffers, pinned=pinned,
-        )  # fmt: skip
-        # also at interpreter exit, and when the user just drops the cache
-        self._dispose = weakref.finalize(
-            self, _dispose, folder, self._segments, self._writes, self.scheduler, self._owner
-        )
         manifest = Manifest(
             lifecycle="runtime-scoped", store_id=self._store_id.hex(), strategy=strategy,
             parameters=dict(parameters or {}),
         )  # fmt: skip
         try:
-            folder.replace_manifest(manifest.to_json())
-            self.unbuffered = takes_unbuffered(self.path / MANIFEST)
-            """Whether records are read and written past the page cache."""
+            with ExitStack() as undo:  # until all is made
+                undo.callback(folder.remove)
+                self.scheduler = scheduler_of(folder.path)
+                """The workers of the disk that the folder is on."""
+                undo.callback(self.scheduler.release)
+                self._writes = WriteBehind(
+                    self.scheduler, lambda error, nbytes: failed_write(error, folder.path, nbytes),
+                    count=write_buffers, pinned=pinned,
+                )  # fmt: skip
+                undo.callback(self._writes.close)
+                folder.replace_manifest(manifest.to_json())
+                self.unbuffered = takes_unbuffered(self.path / MANIFEST)
+                """Whether records are read and written past the page cache."""
+                undo.pop_all()
         except OSError as error:
-            self.close()
             raise failed_write(error, self.path, ALIGNMENT) from error
-        except BaseException:
-            self.close()
-            raise
+        self._dispose = weakref.finalize(  # also at interpreter exit, and when the user just drops the cache
+            self, _dispose, folder, self._segments, self._writes, self.scheduler, self._owner
+        )
 
     @property
     def path(self) -> Path:
