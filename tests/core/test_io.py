@@ -11,13 +11,15 @@ import psutil
 import pytest
 import torch
 
-from core.storage_fixtures import get, open_storage, put
+from core.storage_fixtures import DIRECTORY, get, open_storage, put, tree
 from ollm.errors import MemoryLimitError
 from ollm.io import buffers as buffers_module
 from ollm.io import files, shim
 from ollm.io.buffers import ALIGNMENT, HUGE_PAGE, BufferPool, aligned_buffer, tensor_bytes
 from ollm.io.ledger import MemoryLedger
-from ollm.io.scheduler import WORKERS, scheduler_of
+from ollm.io.scheduler import WORKERS, _schedulers, scheduler_of
+from ollm.storage.folder import RunFolder
+from ollm.storage.segments import SegmentedStorage
 from ollm.testing.faults import FaultyDisk, fails
 
 
@@ -182,6 +184,15 @@ def test_a_storage_that_is_closed_or_dropped_ends_its_threads(tmp_path):
     del storage
     assert len(workers()) == before
     assert not path.exists()
+
+
+def test_a_storage_whose_buffers_find_no_memory_leaves_no_folder_and_no_threads(tmp_path):
+    before = dict(_schedulers)
+    folder = RunFolder.create(tmp_path, DIRECTORY)
+    with pytest.raises(MemoryLimitError, match="Write buffers"):
+        SegmentedStorage(folder, strategy="test", write_buffers=2**40)
+    assert tree(tmp_path) == []
+    assert _schedulers == before
 
 
 @pytest.mark.parametrize("refusal", ["open", "pread_into"])
