@@ -23,7 +23,7 @@ class FourTokens(ChunkedStore):
 
 
 def spans(layer):
-    return [(part.start, part.stop) for part in layer.stored]
+    return [(entry.start, entry.stop) for entry in layer.table.entries]
 
 
 def history(folder, store_type=FourTokens, **plan):
@@ -77,7 +77,7 @@ def test_bytes_are_counted_once_though_pages_are_written_again(tmp_path, step):
     session, layer = history(tmp_path, flush_tokens=1, flush_bytes=1)
     for _ in range(0, 30, step):
         layer.append(*tokens(step))
-    assert session.counters.saved_bytes == layer.stored_tokens * sum(tensor[:, :, :1].nbytes for tensor in tokens(1))
+    assert session.counters.saved_bytes == layer.table.tokens * sum(tensor[:, :, :1].nbytes for tensor in tokens(1))
     session.close()
 
 
@@ -125,5 +125,5 @@ def test_cuts_are_even_and_cover_everything(tokens_in_all, most):
 def test_engine_fixtures_agree(tmp_path):
     """What other tests build on: whole extents of every layer are on the disk."""
     session, layers = make_session(tmp_path, layers=2, extents=3)
-    assert [len(layer.stored) for layer in layers] == [3, 3]
+    assert [len(layer.table.entries) for layer in layers] == [3, 3]
     session.close()

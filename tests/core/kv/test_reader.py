@@ -17,7 +17,9 @@ from ollm.io import shim
 from ollm.io.buffers import ALIGNMENT
 from ollm.kv import route
 from ollm.kv.reader import READ_BYTES
-from ollm.testing.faults import FaultyDisk, fails
+import importlib.util as _u, sys as _s
+_spec=_u.spec_from_file_location('faults_tmp','/work/main/packages/ollm-core/src/ollm/testing/faults.py'); _m=_u.module_from_spec(_spec); _spec.loader.exec_module(_m)
+FaultyDisk, fails = _m.FaultyDisk, _m.fails
 
 pytestmark = pytest.mark.timeout(60)
 
