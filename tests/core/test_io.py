@@ -18,7 +18,7 @@ from ollm.io import files, shim
 from ollm.io.buffers import ALIGNMENT, HUGE_PAGE, BufferPool, aligned_buffer, tensor_bytes
 from ollm.io.ledger import MemoryLedger
 from ollm.io.scheduler import WORKERS, _schedulers, scheduler_of
-from ollm.storage.folder import RunFolder
+from ollm.storage.folder import CacheFolder
 from ollm.storage.segments import SegmentedStorage
 from ollm.testing.faults import FaultyDisk, fails
 
@@ -188,7 +188,7 @@ def test_a_storage_that_is_closed_or_dropped_ends_its_threads(tmp_path):
 
 def test_a_storage_whose_buffers_find_no_memory_leaves_no_folder_and_no_threads(tmp_path):
     before = dict(_schedulers)
-    folder = RunFolder.create(tmp_path, DIRECTORY)
+    folder = CacheFolder.create(tmp_path, DIRECTORY)
     with pytest.raises(MemoryLimitError, match="Write buffers"):
         SegmentedStorage(folder, strategy="test", write_buffers=2**40)
     assert tree(tmp_path) == []

@@ -13,23 +13,25 @@ from ollm import disk_cache
 from ollm.errors import PluginError, StorageError
 from ollm.plugin import (
     API_VERSION,
-    Commit,
+    BlockKey,
+    Extent,
+    Folder,
+    KVBlock,
     KVBuildContext,
     KVFacts,
-    RunFolder,
-    SegmentedStorage,
     SegmentedStore,
+    Storage,
     StorageOptions,
     Strategy,
 )
 from ollm.registry import Kind, Offer, PluginReport, Status, catalog, registry
-from ollm.testing import assert_holds, random_block, read_extent, store_context
+from ollm.testing import random_block, read_extent, store_context
 
 
 class OneSegment(SegmentedStore):
     """All that a store on disk must say."""
 
-    def place(self, layer, layout, rows):
+    def place(self, key, layout):
         return 3, None
 
 
@@ -99,17 +101,17 @@ def test_a_store_that_said_it_uses_no_disk_gets_none(model, offer, ask):
 
 def test_a_folder_is_private_and_takes_only_what_will_be_removed(tmp_path):
     folder = store_context(tmp_path).folder()
-    assert isinstance(folder, RunFolder)
+    assert isinstance(folder, Folder)
     assert stat.S_IMODE(folder.path.stat().st_mode) == 0o700
-    with open(folder.new_file("store-index.sqlite"), "wb") as file:  # noqa: PTH123 (a descriptor)
+    with open(folder.open_file("store-index.sqlite"), "wb") as file:  # noqa: PTH123 (a descriptor)
         assert stat.S_IMODE((folder.path / "store-index.sqlite").stat().st_mode) == 0o600
         file.write(b"something")
     for name in ("index.sqlite", "store-/../../x", "../store-x", ""):
         with pytest.raises(StorageError, match="would be left behind"):
-            folder.new_file(name)
+            folder.open_file(name)
     (folder.path / "store-index.sqlite-wal").touch()
-    folder.remove()
-    folder.remove()
+    folder.close()
+    folder.close()
     assert list(tmp_path.iterdir()) == []
 
 
@@ -122,15 +124,14 @@ def test_a_folder_that_is_dropped_goes(tmp_path):
 
 def test_a_store_on_disk_is_one_method(tmp_path):
     store = OneSegment(store_context(tmp_path).storage())
-    assert isinstance(store.storage, SegmentedStorage)
-    blocks = [random_block(5, seed=seed) for seed in (1, 2)]
-    for keys, values in blocks:
-        store.append(0, keys, values)
-    assert_holds(store, 0, blocks)
-    assert {extent.segment for extent in store.extents(0)} == {3}
-    assert torch.equal(read_extent(store, store.extents(0)[1])[0], blocks[1][0])
-    store.commit(Commit(tokens=10))  # a store that is not durable ignores it
-    assert_holds(store, 0, blocks)
+    assert isinstance(store.storage, Storage)
+    written = []
+    for number in range(2):
+        block, key = KVBlock(*random_block(5, seed=number)), BlockKey(0, 0, 5 * number, 5, 2)
+        written.append((Extent.of(key, block.layout, store.write(block, key)), block))
+    for extent, block in written:
+        assert extent.location.segment == 3
+        assert all(map(torch.equal, read_extent(store, extent), (block.keys, block.values)))
     store.close()
 
 

@@ -27,11 +27,11 @@ each_family = pytest.mark.parametrize("model", FAMILIES, indirect=True)
 def damage_first_extent(cache, layer, new_bytes):
     """Overwrite the payload of a layer's first extent on disk."""
     cache._session.store.storage.flush()
-    extent = cache._session.store.extents(layer)[0]
-    with (cache.state().directory / f"segment-{layer:06d}.kv").open("r+b") as file:
-        assert extent.offset % ALIGNMENT == 0
-        file.seek(extent.offset)
-        file.write(new_bytes(extent.nbytes))
+    location = next(iter(cache.layers[layer].history.table.entries)).extent.location
+    with (cache.state().directory / f"segment-{location.segment:06d}.kv").open("r+b") as file:
+        assert location.offset % ALIGNMENT == 0
+        file.seek(location.offset)
+        file.write(new_bytes(location.nbytes))
 
 
 def test_zeroing_one_stored_extent_changes_the_logits(model, tmp_path):

@@ -45,15 +45,19 @@ class RoutePlanner:
         self._tiers = tiers
         self._encoded = encoded
         self._in_files = in_files
-        self._routes: WeakKeyDictionary[Entries, tuple[int, Route]] = WeakKeyDictionary()
+        self._routes: WeakKeyDictionary[Entries, Route] = WeakKeyDictionary()
+        self._version = 0
 
     def route(self, entries: Entries) -> Route:
         """The route of what a layer holds."""
         version = self._encoded.version + sum(tier.version for tier in self._tiers)
+        if version != self._version:  # all of them: they hold memory that may not be resident any more
+            self._routes.clear()
+            self._version = version
         known = self._routes.get(entries)
-        if known is None or known[0] != version:
-            known = self._routes[entries] = version, self._made(entries)
-        return known[1]
+        if known is None:
+            known = self._routes[entries] = self._made(entries)
+        return known
 
     def _made(self, entries: Entries) -> Route:
         joined: list[tuple[Piece, Entry, int]] = []  # a piece, the first entry in it, and where the last one ends
