@@ -1,5 +1,7 @@
 """Profiles of Hypothesis: `make test` is quick, `make nightly` looks longer. Tests marked `gpu` need one."""
 
+import threading
+
 import pytest
 from hypothesis import settings
 
@@ -17,3 +19,14 @@ def pytest_collection_modifyitems(items):
     if not torch.cuda.is_available():
         for item in marked:
             item.add_marker(pytest.mark.skip(reason="no CUDA device here"))
+
+
+@pytest.fixture
+def workers(monkeypatch):
+    """`workers()`: the threads that were started for disks since the test began; what other tests left in this process
+    is not counted, nor used."""
+    from ollm.io import scheduler
+
+    monkeypatch.setattr(scheduler, "_schedulers", {})
+    before = set(threading.enumerate())
+    return lambda: [thread for thread in set(threading.enumerate()) - before if thread.name.startswith("ollm-io")]

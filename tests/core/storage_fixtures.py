@@ -23,7 +23,9 @@ DIRECTORY = "kv_cache_test"
 def open_storage(cache_dir: Path, **options: object) -> SegmentedStorage:
     """A new storage in a folder of its own below `cache_dir/kv_cache_test`."""
     settings = {"min_free_bytes": 0, **options}
-    return SegmentedStorage(CacheFolder.create(cache_dir, DIRECTORY), strategy="test", options=StorageOptions(**settings))
+    return SegmentedStorage(
+        CacheFolder.create(cache_dir, DIRECTORY), strategy="test", options=StorageOptions(**settings)
+    )
 
 
 def put(

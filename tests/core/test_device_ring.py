@@ -95,6 +95,7 @@ def test_the_ledger_knows_what_the_buffers_are_for_and_gets_them_back(streams):
 @pytest.mark.gpu
 def test_blocks_on_an_accelerator_are_those_that_were_stored(tmp_path):
     from core.engine_fixtures import make_session, tokens
+
     from ollm.kv.history import LayerHistory
     from ollm.kv.session import KVSession
 

@@ -15,16 +15,13 @@ from core.storage_fixtures import DIRECTORY, get, open_storage, put, tree
 from ollm.errors import MemoryLimitError
 from ollm.io import buffers as buffers_module
 from ollm.io import files, shim
+from ollm.io import scheduler as scheduler_module
 from ollm.io.buffers import ALIGNMENT, HUGE_PAGE, BufferPool, aligned_buffer, tensor_bytes
 from ollm.io.ledger import MemoryLedger
-from ollm.io.scheduler import WORKERS, _schedulers, scheduler_of
+from ollm.io.scheduler import WORKERS, scheduler_of
 from ollm.storage.folder import CacheFolder
 from ollm.storage.segments import SegmentedStorage
 from ollm.testing.faults import FaultyDisk, fails
-
-
-def workers():
-    return [thread for thread in threading.enumerate() if thread.name.startswith("ollm-io")]
 
 
 @pytest.mark.parametrize("nbytes", [0, 1, ALIGNMENT, ALIGNMENT + 1, 5 * 2**20])
@@ -148,8 +145,7 @@ def test_a_pool_draws_on_the_ledger_and_gives_back(monkeypatch):
         BufferPool("Read buffers", 2, 2**49)
 
 
-def test_a_disk_has_one_scheduler_whose_threads_end_with_its_last_user(tmp_path):
-    before = len(workers())
+def test_a_disk_has_one_scheduler_whose_threads_end_with_its_last_user(tmp_path, workers):
     first, second = scheduler_of(tmp_path), scheduler_of(tmp_path)
     assert first is second
     gate = threading.Barrier(WORKERS + 1)
@@ -160,7 +156,7 @@ def test_a_disk_has_one_scheduler_whose_threads_end_with_its_last_user(tmp_path)
     first.release()
     assert second.submit(lambda: 7).result() == 7
     second.release()
-    assert len(workers()) == before
+    assert workers() == []
 
 
 def test_requests_start_in_order(tmp_path):
@@ -171,28 +167,27 @@ def test_requests_start_in_order(tmp_path):
     scheduler.release()
 
 
-def test_a_storage_that_is_closed_or_dropped_ends_its_threads(tmp_path):
-    before = len(workers())
+def test_a_storage_that_is_closed_or_dropped_ends_its_threads(tmp_path, workers):
     storage = open_storage(tmp_path)
     put(storage, b"x")
-    assert len(workers()) > before
+    assert workers() != []
     storage.close()
-    assert len(workers()) == before
+    assert workers() == []
     storage = open_storage(tmp_path)
     put(storage, b"x", flush=False)
     path = storage.path
     del storage
-    assert len(workers()) == before
+    assert workers() == []
     assert not path.exists()
 
 
-def test_a_storage_whose_buffers_find_no_memory_leaves_no_folder_and_no_threads(tmp_path):
-    before = dict(_schedulers)
+def test_a_storage_whose_buffers_find_no_memory_leaves_no_folder_and_no_threads(tmp_path, workers):
     folder = CacheFolder.create(tmp_path, DIRECTORY)
     with pytest.raises(MemoryLimitError, match="Write buffers"):
         SegmentedStorage(folder, strategy="test", write_buffers=2**40)
     assert tree(tmp_path) == []
-    assert _schedulers == before
+    assert scheduler_module._schedulers == {}
+    assert workers() == []
 
 
 @pytest.mark.parametrize("refusal", ["open", "pread_into"])

@@ -23,7 +23,7 @@ def nothing_of_other_tests():
     gc.collect()
 
 
-def test_two_caches_at_once_from_two_threads_are_both_right(model_of, tmp_path):
+def test_two_caches_at_once_from_two_threads_are_both_right(model_of, tmp_path, workers):
     """Each with a model of its own: a model in block mode belongs to one thread at a time, like its cache."""
     results = {}
 
@@ -43,7 +43,7 @@ def test_two_caches_at_once_from_two_threads_are_both_right(model_of, tmp_path):
         model = model_of(family)
         assert_same(results[family], generate(model, tokens(1, 60, seed=seed), stock_cache(model)))
     assert list(tmp_path.iterdir()) == []
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("ollm-io")]
+    assert workers() == []
 
 
 @pytest.mark.parametrize("at", [0, 1, 5, 9, 14])
@@ -87,7 +87,7 @@ def test_a_closed_cache_gives_back_all_that_it_claimed(model, tmp_path):
     assert ledger._claims == before
 
 
-def test_a_cache_that_cannot_have_its_buffers_leaves_nothing_behind(model, tmp_path, monkeypatch):
+def test_a_cache_that_cannot_have_its_buffers_leaves_nothing_behind(model, tmp_path, monkeypatch, workers):
     from ollm.errors import MemoryLimitError
     from ollm.io import buffers
 
@@ -103,4 +103,4 @@ def test_a_cache_that_cannot_have_its_buffers_leaves_nothing_behind(model, tmp_p
     assert full._claims == []
     assert ledger._claims == before
     assert list(tmp_path.iterdir()) == []
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("ollm-io")]
+    assert workers() == []

@@ -12,8 +12,8 @@ from ollm.builtin.chunked import ChunkedStore
 from ollm.contracts.blocks import Extent
 from ollm.contracts.spill import SpillPlan
 from ollm.kv.history import LayerHistory
-from ollm.kv.table import take
 from ollm.kv.session import KVSession
+from ollm.kv.table import take
 
 HEADS, SIZE = 2, 64
 TOKENS = 16

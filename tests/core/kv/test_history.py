@@ -134,7 +134,7 @@ def test_flush_at_six_and_keep_three_hot(one_layer):
 
 def test_extents_of_fixed_size_leave_the_rest_in_the_tail(one_layer):
     """Capacity 4: appends of 3 + 3 tokens fill [0, 4); the partial page is the tail."""
-    session, layer = one_layer(FixedStore, flush_tokens=4)
+    _, layer = one_layer(FixedStore, flush_tokens=4)
     layer.append(*tokens(3))
     layer.append(*tokens(3))
     assert spans(layer) == [(0, 4)]
@@ -150,7 +150,7 @@ def test_the_tail_is_flushed_by_bytes_too(one_layer):
 
 
 def test_a_prefill_is_cut_into_extents_of_equal_size_that_disks_like(one_layer):
-    session, layer = one_layer()
+    _, layer = one_layer()
     keys = torch.zeros(1, 8, 6000, 128, dtype=torch.bfloat16)
     layer.append(keys, keys)
     assert spans(layer) == [(0, 2000), (2000, 4000), (4000, 6000)]
@@ -293,7 +293,7 @@ def test_of_an_extent_that_was_cut_short_only_what_is_left_is_read(one_layer):
 @pytest.mark.parametrize("extents", [4, 64])
 def test_a_step_over_many_extents_pins_and_looks_up_as_little_as_over_few(one_layer, monkeypatch, extents):
     """What a step does in Python does not grow with the number of extents."""
-    session, layer = one_layer(resident_bytes=2**30)
+    _, layer = one_layer(resident_bytes=2**30)
     for seed in range(extents):
         layer.append(*tokens(5, seed=seed))
     handle = layer.handle(*tokens(1))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import importlib.util as _u
 import itertools
 import os
 import threading
@@ -17,8 +18,10 @@ from ollm.io import shim
 from ollm.io.buffers import ALIGNMENT
 from ollm.kv import route
 from ollm.kv.reader import READ_BYTES
-import importlib.util as _u, sys as _s
-_spec=_u.spec_from_file_location('faults_tmp','/work/main/packages/ollm-core/src/ollm/testing/faults.py'); _m=_u.module_from_spec(_spec); _spec.loader.exec_module(_m)
+
+_spec = _u.spec_from_file_location("faults_tmp", "/work/main/packages/ollm-core/src/ollm/testing/faults.py")
+_m = _u.module_from_spec(_spec)
+_spec.loader.exec_module(_m)
 FaultyDisk, fails = _m.FaultyDisk, _m.fails
 
 pytestmark = pytest.mark.timeout(60)
@@ -202,7 +205,7 @@ def test_a_file_that_was_cut_is_an_error_and_no_hang(cache):
     assert session.source.reads_in_flight == 0
 
 
-def test_closing_in_the_middle_of_reading_joins_and_removes_everything(tmp_path, monkeypatch):
+def test_closing_in_the_middle_of_reading_joins_and_removes_everything(tmp_path, monkeypatch, workers):
     session, layers = make_session(tmp_path, layers=LAYERS, extents=EXTENTS)
     check_step(layers)
     disk = Watching()
@@ -217,7 +220,7 @@ def test_closing_in_the_middle_of_reading_joins_and_removes_everything(tmp_path,
     session.close()
     session.close()
     assert list(tmp_path.iterdir()) == []
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("ollm-io")]
+    assert workers() == []
 
 
 class Slots(ChunkedStore):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from core.kv.engine_fixtures import ANY, EXTENT_BYTES, TOKENS, expected, extents_of, joined, make_session, tokens, walk
-from ollm.contracts.blocks import BlockKey, Extent, KVBlock, KVLayout, Location
+from ollm.contracts.blocks import BlockKey, Extent, KVBlock, Location
 from ollm.io.ledger import MemoryLedger
 from ollm.kv import residency as module
 from ollm.kv import route
