@@ -11,10 +11,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from ollm.api.placement import Placer
 from ollm.contracts.spill import MemorySnapshot
 from ollm.errors import ConfigurationError, DeviceError, MemoryLimitError, ModelDirectoryError, WeightsError
 from ollm.memory import MemoryLedger
-from ollm.placement import Placer
 from ollm.storage import shim
 from ollm.testing.faults import FaultyDisk, fails
 from together.comparison import tokens

@@ -17,14 +17,11 @@ from torch import Tensor
 
 from ollm.io.buffers import BufferPool
 from ollm.io.scheduler import IOScheduler
+from ollm.storage.options import BUFFER_BYTES, WRITE_BUFFERS
 from ollm.storage.tensors import tensor_bytes
 
 Place = tuple[int, int]
 """Segment and offset of a payload."""
-
-BUFFERS = 4
-BUFFER_BYTES = 8 * 2**20 + 2**16
-"""For extents of up to 8 MiB with their headers."""
 
 
 @attrs.define(eq=False)
@@ -51,7 +48,7 @@ class WriteBehind:
         scheduler: IOScheduler,
         explain: Callable[[OSError, int], Exception],
         *,
-        count: int = BUFFERS,
+        count: int = WRITE_BUFFERS,
         pinned: bool = False,
     ) -> None:
         """Nothing is being written.
