@@ -6,10 +6,11 @@ import torch
 from torch import nn
 
 from core.weight_files import write_shard
+from ollm.contracts.offload import Tier
 from ollm.weights.binding import LayerWeights
 from ollm.weights.checkpoint import SINGLE, Checkpoint
 from ollm.weights.layout import Parameter, Source
-from ollm.weights.streamer import Tier, WeightStreamer
+from ollm.weights.streamer import WeightStreamer
 
 CPU = torch.device("cpu")
 LAYERS, SIZE = 6, 40

@@ -8,10 +8,10 @@ import pytest
 from torch import nn
 from transformers import LlamaConfig, Qwen3Config
 
-from ollm.adapters import find_adapter
 from ollm.builtin.adapters import GenericAdapter, LlamaAdapter
 from ollm.contracts.strategy import BuildContext
 from ollm.errors import OllmError, PluginError
+from ollm.models.adapters import find_adapter
 from ollm.registry import Kind, registry
 from ollm.testing import ModelAdapterTests
 

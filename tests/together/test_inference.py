@@ -253,7 +253,7 @@ def test_an_unknown_policy_lists_the_choices(models_dir):
 def test_without_ollm_offload_the_error_says_how_to_install_it(models_dir, monkeypatch):
     o = load(models_dir)
     without = Registry(tuple(report for report in discover() if report.distribution != "ollm-offload"))
-    monkeypatch.setattr("ollm.placement.registry", lambda: without)
+    monkeypatch.setattr("ollm.plan.placement.registry", lambda: without)
     with pytest.raises(UnknownStrategyError, match=r"pip install 'ollm-core\[offload\]'"):
         o.offload_layers_to_cpu(2, policy="middle-band")
     assert registry() is not without

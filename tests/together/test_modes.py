@@ -207,7 +207,7 @@ def look():
               masks.AttentionMaskInterface._global_mapping)
     return names, [dict(table) for table in tables]
 look(); before = look()
-import ollm.inference, ollm.factory, ollm.seam.attention, ollm.seam.mode
+import ollm.api.inference, ollm.api.cache, ollm.seam.attention, ollm.seam.mode
 after = look()
 assert before[1] == after[1]
 changed = {key for key in before[0] if before[0][key] != after[0].get(key)}

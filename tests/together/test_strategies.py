@@ -107,7 +107,7 @@ def test_sessions_on_one_cache_dir_do_not_disturb_each_other(model, tmp_path):
 
 CHILD = """
 import sys, torch
-from ollm.factory import disk_cache
+from ollm.api.cache import disk_cache
 from together.tiny_models import make_model
 from together.comparison import tokens
 model = make_model("llama")

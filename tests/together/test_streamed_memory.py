@@ -39,7 +39,7 @@ def test_fit_uses_what_is_free(llama, monkeypatch, layers_that_fit):
     o = load(llama)
     size = max(o._streamer.layer_bytes)
     budget = (layers_that_fit + 3) * size + size // 2  # and three slots
-    monkeypatch.setattr("ollm.placement.ledger", SmallMachine(budget * 4 // 3))
+    monkeypatch.setattr("ollm.api.placement.ledger", SmallMachine(budget * 4 // 3))
     assert torch.equal(o.model(IDS).logits, stock(llama)(IDS).logits)
     assert o.placement.applied_layers == layers_that_fit
     assert o.placement.resident_bytes <= budget - 3 * size
@@ -60,7 +60,7 @@ def test_a_prompt_in_pieces_reads_every_weight_once(llama, tmp_path):
 def test_a_prompt_that_does_not_fit_goes_in_parts(llama, tmp_path, monkeypatch):
     o = load(llama)
     o.offload_layers_to_cpu(0)
-    monkeypatch.setattr("ollm.inference.longest_prompt", lambda *_: 8)
+    monkeypatch.setattr("ollm.api.inference.longest_prompt", lambda *_: 8)
     with o.DiskCache(tmp_path, ram_budget=0, spill_policy="tiny") as cache:
         before = o._streamer.counters.layers_streamed
         ours = generate(o.model, IDS[:1], cache, new_tokens=1)

@@ -9,8 +9,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from ollm.contracts.offload import Tier
 from ollm.io.ledger import ledger
-from ollm.weights.streamer import Tier
 from together.architectures import make as make_architecture
 from together.comparison import generate, stock_cache, tokens
 from together.streamed_models import load, longer, save_checkpoint, stock

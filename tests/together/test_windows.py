@@ -96,9 +96,15 @@ def test_that_it_changes_the_model_is_said(model, tmp_path, caplog):
     assert "keeps the newest 12 tokens only: the model forgets what is older" in caplog.text
 
 
-@pytest.mark.parametrize("window", [None, 0, -3, 1.5, True])
-def test_a_windowed_strategy_needs_a_window(model, window):
-    with pytest.raises(ConfigurationError, match=r"cache_window_tokens=.*'tiny-window': give the number of"):
+@pytest.mark.parametrize(
+    ("window", "message"),
+    [
+        *((window, "'tiny-window': give the number of newest tokens") for window in (None, 0, -3)),
+        *((window, f"{window} is not a whole number") for window in (1.5, True)),
+    ],
+)
+def test_a_windowed_strategy_needs_a_window(model, window, message):
+    with pytest.raises(ConfigurationError, match=f"cache_window_tokens={window}.*{message}"):
         disk_cache(model, cache_strategy="tiny-window", cache_window_tokens=window)
 
 

@@ -17,7 +17,7 @@ from ollm.errors import CorruptDataError, StorageError
 from ollm.io import shim
 from ollm.io.buffers import ALIGNMENT
 from ollm.kv import route
-from ollm.kv.reader import READ_BYTES
+from ollm.storage.options import BUFFER_BYTES
 
 _spec = _u.spec_from_file_location("faults_tmp", "/work/main/packages/ollm-core/src/ollm/testing/faults.py")
 _m = _u.module_from_spec(_spec)
@@ -32,7 +32,7 @@ LAYERS, EXTENTS = 3, 6
 @pytest.fixture(autouse=True)
 def one_extent_at_a_time(monkeypatch):
     """So that small tests have as many reads as large caches."""
-    monkeypatch.setattr(route, "READ_BYTES", EXTENT_BYTES + 2 * ALIGNMENT)
+    monkeypatch.setattr(route, "BUFFER_BYTES", EXTENT_BYTES + 2 * ALIGNMENT)
 
 
 @pytest.fixture
@@ -101,7 +101,7 @@ def test_reads_in_flight_reach_the_number_of_buffers_across_layers(cache, monkey
     assert before == session.source.reads_in_flight == session.plan.read_buffers - 1
     fds = {fd for fd, _ in disk.reads}
     assert len(fds) == 2, "the next layer is being read while this one is in use"
-    assert session.source.buffer_bytes <= session.plan.read_buffers * READ_BYTES
+    assert session.source.buffer_bytes <= session.plan.read_buffers * BUFFER_BYTES
     blocks.close()
     assert session.source.reads_in_flight == 0
 

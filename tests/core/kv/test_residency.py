@@ -45,7 +45,7 @@ def test_every_layer_keeps_the_same_share_and_a_step_reads_the_rest(tmp_path):
 
 def test_resident_parts_come_between_the_reads(tmp_path, monkeypatch):
     monkeypatch.setattr(route, "_LEAST_SLICE_BYTES", EXTENT_BYTES)
-    monkeypatch.setattr(route, "READ_BYTES", EXTENT_BYTES)  # else they are read together
+    monkeypatch.setattr(route, "BUFFER_BYTES", EXTENT_BYTES)  # else they are read together
     session, (layer,) = make_session(tmp_path, layers=1, extents=EXTENTS, resident_bytes=4 * EXTENT_BYTES)
     order = [block.start // TOKENS for block in layer.handle(*tokens(1)).blocks(ANY)]
     assert sorted(order) == list(range(EXTENTS + 1))

@@ -126,3 +126,20 @@ def structure_options(options: type, values: Mapping[str, Any], *, strategy: str
         raise ConfigurationError(
             f"'{strategy}' does not take the options {given}: {reason}. See `ollm plugins -v` for what they mean."
         ) from error
+
+
+def structure_field(record: type, name: str, value: Any) -> Any:
+    """The value of one field of an attrs class, by the field's own converter or by its type, as `structure_options`.
+
+    Raises:
+        ConfigurationError: it does not fit.
+    """
+    field = attrs.fields_dict(record)[name]
+    try:
+        if callable(field.converter):
+            return field.converter(value)
+        return _converter.structure(value, typing.get_type_hints(record)[name])
+    except ConfigurationError:  # of a converter, which names the field
+        raise
+    except Exception as error:
+        raise ConfigurationError(f"{name}={value!r}: {error.args[0] if error.args else error}.") from None

@@ -13,9 +13,10 @@ import attrs
 
 from ollm.attention.blockwise import Block
 from ollm.kv.encoded import EncodedResidency
-from ollm.kv.reader import READ_BYTES, Run
+from ollm.kv.reader import Run
 from ollm.kv.residency import Piece, Residency
 from ollm.kv.table import Entries, Entry
+from ollm.storage.options import BUFFER_BYTES
 from ollm.storage.records import record_span
 
 _LEAST_SLICE_BYTES = 8 * 2**20
@@ -93,7 +94,7 @@ class RoutePlanner:
             location = entry.extent.location
             start, stop = record_span(location)
             together = run and location.segment == run[-1].extent.location.segment and start == end
-            if not (self._in_files and together and stop - begin <= READ_BYTES):
+            if not (self._in_files and together and stop - begin <= BUFFER_BYTES):
                 if run:
                     yield tuple(run)
                 run, begin = [], start

@@ -61,9 +61,6 @@ class KVCache(Cache):
             origin: the cache that this one is a fork of.
         """
         self._config, self._switch_on = config, switch_on
-        self._undo_blocks = weakref.finalize(self, switch_on()) if switch_on else None
-        if self._undo_blocks is not None:
-            self._undo_blocks.atexit = False  # at exit the model goes as well
         self._mode_reason = mode_reason
         self.piece_rows: int | None = None
         """The longest piece of a prompt that a layer takes at once; `None` for all of it."""
@@ -92,6 +89,10 @@ class KVCache(Cache):
         self._attention_layers = [i for i, layer in enumerate(self.layers) if isinstance(layer, CacheLayerMixin)]
         if not self._stored:
             logger.warning("No layer of this model has full attention, so nothing of it goes to a store.")
+        # last, so that nothing can fail while the model is switched
+        self._undo_blocks = weakref.finalize(self, switch_on()) if switch_on else None
+        if self._undo_blocks is not None:
+            self._undo_blocks.atexit = False  # at exit the model goes as well
 
     @property
     def counters(self) -> KVCounters:
@@ -263,7 +264,7 @@ class KVCache(Cache):
 
     def _new_layer(self, index: int) -> Any:
         if index in self._stored:
-            return StoredLayer(self._stored[index], croppable=self._lossless, blocks=self._undo_blocks is not None)
+            return StoredLayer(self._stored[index], croppable=self._lossless, blocks=self._switch_on is not None)
         kind, arguments = self._layer_types[index]
         return stock_layer(kind, arguments)
 

@@ -126,13 +126,3 @@ def activation_bytes(config: Any, itemsize: int) -> int:
     """About what a layer takes per token of a prompt while it works, beside its input and output."""
     hidden = getattr(config, "hidden_size", None) or _USUAL_HIDDEN_SIZE
     return int((8 * hidden + 3 * (getattr(config, "intermediate_size", None) or 4 * hidden)) * itemsize)
-
-
-def piece_rows(per_token: int, free_bytes: int) -> int:
-    """How many tokens of a prompt a layer takes at once, so that its activations, of `per_token` bytes, take a
-    sixteenth of what is free.
-
-    A multiple of the attention's tile where there is memory for that: its kernel then sees whole diagonals.
-    """
-    rows = free_bytes // 16 // per_token
-    return max(256, min(4096, 1 << max(rows.bit_length() - 1, 0)))

@@ -38,12 +38,12 @@ from ollm.io.files import DataFile, takes_unbuffered
 from ollm.io.scheduler import IOScheduler, scheduler_of
 from ollm.storage.folder import MANIFEST, CacheFolder, segment_name
 from ollm.storage.manifest import MAX_MANIFEST_BYTES, Committed, Manifest
-from ollm.storage.options import StorageOptions
+from ollm.storage.options import WRITE_BUFFERS, StorageOptions
 from ollm.storage.records import DTYPE_CODES, STORE_ID_BYTES, piece_bytes, record_bytes, record_span, run_span
 from ollm.storage.room import check_room, failed_write, reason
 from ollm.storage.segment import Moved, Segment, write_record
 from ollm.storage.tensors import lay_out, pack
-from ollm.storage.write_behind import BUFFERS, WriteBehind
+from ollm.storage.write_behind import WriteBehind
 
 _MOST_SEGMENTS = 10**6
 
@@ -58,7 +58,7 @@ class SegmentedStorage(Storage):
         strategy: str,
         options: StorageOptions | None = None,
         parameters: Mapping[str, Any] | None = None,
-        write_buffers: int = BUFFERS,
+        write_buffers: int = WRITE_BUFFERS,
         compact_from: int = 1,
         pinned: bool = False,
     ) -> None:

@@ -15,12 +15,10 @@ from concurrent.futures import Future, wait
 import attrs
 from torch import Tensor
 
-from ollm.contracts.blocks import EXTENT_BYTES, Location
+from ollm.contracts.blocks import Location
 from ollm.io.buffers import BufferPool, tensor_bytes
 from ollm.io.scheduler import IOScheduler
-
-BUFFERS = 4
-_BUFFER_BYTES = EXTENT_BYTES + 2**16  # with headers
+from ollm.storage.options import BUFFER_BYTES, WRITE_BUFFERS
 
 
 @attrs.define(eq=False)
@@ -47,7 +45,7 @@ class WriteBehind:
         scheduler: IOScheduler,
         explain: Callable[[OSError, int], Exception],
         *,
-        count: int = BUFFERS,
+        count: int = WRITE_BUFFERS,
         pinned: bool = False,
     ) -> None:
         """Nothing is being written.
@@ -63,7 +61,7 @@ class WriteBehind:
         """
         self._scheduler = scheduler
         self._explain = explain
-        self._buffers = BufferPool("Write buffers", count, _BUFFER_BYTES, pinned=pinned)
+        self._buffers = BufferPool("Write buffers", count, BUFFER_BYTES, pinned=pinned)
         self._writes: OrderedDict[Location, _Write] = OrderedDict()
         self._lock = threading.Lock()
 

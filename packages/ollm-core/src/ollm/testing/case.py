@@ -16,9 +16,8 @@ from ollm.contracts.options import NoOptions
 from ollm.contracts.spill import KVGeometry, LayerGeometry
 from ollm.contracts.strategy import KVBuildContext
 from ollm.storage.folder import RunFolder
-from ollm.storage.options import StorageOptions
+from ollm.storage.options import WRITE_BUFFERS, StorageOptions
 from ollm.storage.segments import SegmentedStorage
-from ollm.storage.write_behind import BUFFERS
 from ollm.testing.blocks import Pair, assert_holds, random_block
 from ollm.units import ByteSize
 
@@ -37,7 +36,7 @@ def store_context(cache_dir: Path, *, options: Any = None, window_tokens: int | 
     """
     limits = options if isinstance(options, StorageOptions) else StorageOptions(min_free_bytes=ByteSize(0))
 
-    def storage(*, write_buffers: int = BUFFERS) -> SegmentedStorage:
+    def storage(*, write_buffers: int = WRITE_BUFFERS) -> SegmentedStorage:
         folder = RunFolder.create(cache_dir, DIRECTORY)
         return SegmentedStorage(folder, strategy="under-test", options=limits, write_buffers=write_buffers)
 

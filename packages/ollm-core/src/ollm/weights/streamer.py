@@ -7,7 +7,6 @@ model or of torch is changed. Knows modules, layouts and memory; not transformer
 
 from __future__ import annotations
 
-import enum
 import functools
 import os
 import threading
@@ -20,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ollm.contracts.offload import Tier
 from ollm.errors import WeightsError
 from ollm.io.device_ring import OnDevice
 from ollm.io.ledger import ledger
@@ -27,16 +27,6 @@ from ollm.weights.binding import Binding, LayerWeights, on_meta
 from ollm.weights.checkpoint import Checkpoint
 from ollm.weights.counters import WeightCounters
 from ollm.weights.memory import HOST, Held, WeightMemory
-
-
-class Tier(enum.Enum):
-    """Where a layer's weights stay between forward passes."""
-
-    DISK = "disk"
-    """Nowhere: they are read each time."""
-    HOST = "host"
-    DEVICE = "device"
-    """The model's own; on a CPU it is the same as `HOST`."""
 
 
 class WeightStreamer:

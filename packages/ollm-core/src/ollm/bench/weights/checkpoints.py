@@ -17,10 +17,10 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
-from ollm.adapters import find_adapter
 from ollm.bench.contexts import check_fillable, wait_for_disk
 from ollm.bench.weights.records import Geometry
 from ollm.errors import ConfigurationError
+from ollm.models.adapters import find_adapter
 from ollm.models.directory import check_model_directory
 from ollm.seam.geometry import kv_geometry
 from ollm.seam.loading import load_config

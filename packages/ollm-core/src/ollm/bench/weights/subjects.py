@@ -10,7 +10,6 @@ import torch
 from transformers import AutoModelForCausalLM, StaticCache
 
 from ollm import AutoInference
-from ollm.adapters import find_adapter
 from ollm.bench.contexts import (
     TOKEN,
     decode_one,
@@ -23,6 +22,7 @@ from ollm.bench.contexts import (
 from ollm.bench.weights.checkpoints import skeleton
 from ollm.bench.weights.plan import PLACEMENT
 from ollm.bench.weights.records import Request
+from ollm.models.adapters import find_adapter
 
 _ROOM = 64
 """Tokens that a cache has room for beside those that it is filled with."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging as _logging
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,22 +17,25 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from ollm.adapters import find_adapter
+from ollm.api.cache import plan_for
+from ollm.api.opening import open_cache
+from ollm.api.placement import Placer
+from ollm.api.signature import CacheArguments, Progress, takes
 from ollm.errors import ConfigurationError, NotLoadedError, OllmError
-from ollm.factory import disk_cache
 from ollm.io.devices import resolve_device
 from ollm.io.ledger import ledger
+from ollm.models.adapters import find_adapter
 from ollm.models.directory import check_model_directory
 from ollm.models.references import resolve_reference
-from ollm.placement import PlacementRecord, Placer
+from ollm.plan import CacheRequest
+from ollm.plan.placement import PlacementRecord
+from ollm.seam.cache import KVCache
 from ollm.seam.geometry import decoder_config
 from ollm.seam.loading import apply_adapter, load_config, load_model, load_tokenizer
 from ollm.seam.peak import longest_prompt
 from ollm.stats import Meter, Stats
 
 if TYPE_CHECKING:
-    from ollm.kv.state import PrefillProgress
-    from ollm.seam.cache import KVCache
     from ollm.weights.streamer import WeightStreamer
 
 logger = _logging.getLogger("ollm")
@@ -68,42 +71,23 @@ class _Native:
         self._placer: Placer | None = None
         self._streamer: WeightStreamer | None = None
 
-    def DiskCache(
-        self,
-        cache_dir: str | os.PathLike[str] | None = None,
-        cache_strategy: str = "chunked",
-        cache_lifecycle: str = "runtime-scoped",
-        cache_window_tokens: int | None = None,
-        ram_budget: int | str | None = None,
-        spill_policy: str | None = None,
-        options: Mapping[str, Any] | None = None,
-        mode: str = "auto",
-        dense_projection_chunk_rows: int | None = None,
-        progress: Callable[[PrefillProgress], None] | None = None,
-    ) -> KVCache:
-        """A KV cache for this model; see `ollm.disk_cache` for the arguments and errors.
+    @takes(CacheArguments)
+    def DiskCache(self, request: CacheRequest, progress: Progress | None) -> KVCache:
+        """A KV cache for this model, to be passed as `model.generate(past_key_values=cache)`.
+
+        Args:
+            {arguments}
 
         Raises:
             NotLoadedError: before a model is loaded.
+            ConfigurationError, CacheDirectoryError, MemoryLimitError: as `ollm.disk_cache`.
         """
         self._check_loaded("DiskCache").settle()  # weights come first, keys and values plan with the rest
         with (
             self._meter.paused() if self._meter else nullcontext(),  # a trial run is not a generation
             self._streamer.standing_in() if self._streamer else nullcontext(),  # and needs no layer's own weights
         ):
-            cache = disk_cache(
-                self.model,
-                cache_dir=cache_dir,
-                cache_strategy=cache_strategy,
-                cache_lifecycle=cache_lifecycle,
-                cache_window_tokens=cache_window_tokens,
-                ram_budget=ram_budget,
-                spill_policy=spill_policy,
-                options=options,
-                mode=mode,
-                dense_projection_chunk_rows=dense_projection_chunk_rows,
-                progress=progress,
-            )
+            cache = open_cache(plan_for(self.model, request), self.model, progress)
         if self._meter is not None:
             self._meter.flush()
             self.stats.caches.append(cache.counters)

@@ -1,17 +1,12 @@
-"""What a user may pass to `disk_cache`, checked before anything is made. Knows the strategies, makes nothing."""
+"""What of a request fits together, checked before anything is made. Knows the strategies, makes nothing."""
 
 from __future__ import annotations
 
-import logging
-import os
 from pathlib import Path
 
 from ollm.contracts.strategy import KVFacts
 from ollm.errors import ConfigurationError
 from ollm.registry import Kind, registry
-from ollm.units import parse_size
-
-logger = logging.getLogger(__name__)
 
 LIFECYCLES = ("runtime-scoped", "persistent")
 MODES = ("auto", "block", "tensor")
@@ -24,7 +19,7 @@ def check_mode(mode: str, dense_projection_chunk_rows: int | None) -> None:
         ConfigurationError: they do not fit.
     """
     rows = dense_projection_chunk_rows
-    if rows is not None and (not isinstance(rows, int) or isinstance(rows, bool) or rows < 1):
+    if rows is not None and rows < 1:
         raise ConfigurationError(f"dense_projection_chunk_rows={rows!r}: give 1 or more tokens.")
     if mode not in MODES:
         raise ConfigurationError(f"mode={mode!r}: choose one of {', '.join(MODES)}.")
@@ -50,7 +45,7 @@ def check_lifecycle(lifecycle: str, name: str, facts: KVFacts) -> None:
 
 
 def check_window(window: int | None, name: str, facts: KVFacts) -> None:
-    """What `cache_window_tokens` may be for a strategy; says that a window changes the model.
+    """What `cache_window_tokens` may be for a strategy.
 
     Raises:
         ConfigurationError: it does not fit.
@@ -65,47 +60,37 @@ def check_window(window: int | None, name: str, facts: KVFacts) -> None:
             f"cache_window_tokens={window!r} with cache_strategy={name!r}: that strategy keeps the full history. "
             f"Strategies that keep a window: {', '.join(windowed) or 'none is installed'}."
         )
-    if facts.full_history:
-        return
-    if not isinstance(window, int) or isinstance(window, bool) or window < 1:
+    if not facts.full_history and (window is None or window < 1):
         raise ConfigurationError(
             f"cache_window_tokens={window!r} with cache_strategy={name!r}: give the number of newest tokens to keep, "
             "1 or more."
         )
-    logger.warning(
-        "cache_strategy=%r keeps the newest %d tokens only: the model forgets what is older, by intention.",
-        name,
-        window,
-    )
 
 
-def check_budget(ram_budget: int | str | None, name: str, facts: KVFacts) -> int | None:
-    """`ram_budget` in bytes, `None` to let the spill policy decide.
+def check_budget(ram_budget: int | None, name: str, facts: KVFacts) -> None:
+    """What `ram_budget` may be for a strategy.
 
     Raises:
         ConfigurationError: it does not fit.
     """
-    if ram_budget is None:
-        return None
-    if facts.directory is None:
+    if ram_budget is not None and facts.directory is None:
         raise ConfigurationError(
             f"ram_budget={ram_budget!r} with cache_strategy={name!r}: that strategy keeps everything in memory. "
             "Choose one that uses the disk, such as 'chunked'."
         )
-    return parse_size(ram_budget, "ram_budget")
 
 
-def check_cache_dir(cache_dir: str | os.PathLike[str] | None, name: str, facts: KVFacts) -> Path | None:
-    """`cache_dir` as an absolute path, `None` for strategies that need none.
+def check_cache_dir(cache_dir: str | None, name: str, facts: KVFacts) -> Path | None:
+    """The folder of a strategy below `cache_dir`, as an absolute path; `None` for strategies that need none.
 
     Raises:
         ConfigurationError: it does not fit.
     """
     if facts.directory is None:
         return None
-    if cache_dir is None or not os.fspath(cache_dir):
+    if not cache_dir:
         raise ConfigurationError(
             f"cache_dir={cache_dir!r}: cache_strategy={name!r} keeps keys and values on disk, so name a folder for "
             "them, such as './kv_cache/'."
         )
-    return Path(cache_dir).absolute()
+    return Path(cache_dir).absolute() / facts.directory
