@@ -108,8 +108,9 @@ class _Setting:
         return bool(self.values) and getattr(self.target, self.name) == next(reversed(self.values.values()))
 
     def put(self, token: object, value: Any) -> None:
-        if not self.holds:
+        if not self.holds:  # then what somebody else has set is what comes back
             self.before = getattr(self.target, self.name)
+            self.values.clear()
         self.values[token] = value
         setattr(self.target, self.name, value)
 

@@ -25,6 +25,7 @@ from ollm.seam.cache import KVCache
 from ollm.seam.geometry import decoder_config, kv_geometry, without_adapter
 from ollm.seam.mode import switch_on, why_not_blocks
 from ollm.seam.prefill import activation_bytes, piece_rows
+from ollm.seam.support import check_takes_cache
 from ollm.storage.folder import RunFolder
 from ollm.storage.options import StorageOptions
 from ollm.storage.segments import SegmentedStorage
@@ -69,10 +70,11 @@ def disk_cache(
         progress: in block mode, called after every piece of every layer of a prefill.
 
     Raises:
-        ConfigurationError: for any wrong argument, before anything is made.
+        ConfigurationError: for any wrong argument, and for a model that takes no cache, before anything is made.
         CacheDirectoryError: when the folder cannot be made or is not safe.
         MemoryLimitError: no memory is free for the buffers that reading and writing need.
     """
+    check_takes_cache(model)
     config = decoder_config(model)
     names = registry()
     offer = names.get(Kind.KV_STORE, cache_strategy)

@@ -20,7 +20,7 @@ from ollm.attention.masks import TileMask
 from ollm.changes import Changes, is_ours
 from ollm.kv.state import PrefillProgress
 from ollm.seam.cache import KVCache
-from ollm.seam.geometry import without_adapter
+from ollm.seam.geometry import largest, without_adapter
 
 
 def take_in_pieces(layers: Sequence[nn.Module], changes: Changes) -> None:
@@ -128,8 +128,8 @@ _USUAL_HIDDEN_SIZE = 4096
 
 def activation_bytes(config: Any, itemsize: int) -> int:
     """About what a layer takes per token of a prompt while it works, beside its input and output."""
-    hidden = getattr(config, "hidden_size", None) or _USUAL_HIDDEN_SIZE
-    return int((8 * hidden + 3 * (getattr(config, "intermediate_size", None) or 4 * hidden)) * itemsize)
+    hidden = largest(config, "hidden_size") or _USUAL_HIDDEN_SIZE
+    return (8 * hidden + 3 * (largest(config, "intermediate_size") or 4 * hidden)) * itemsize
 
 
 def piece_rows(per_token: int, free_bytes: int) -> int:
