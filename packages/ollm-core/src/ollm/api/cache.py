@@ -32,7 +32,7 @@ def disk_cache(model: nn.Module, request: CacheRequest, progress: Progress | Non
         {arguments}
 
     Raises:
-        ConfigurationError: for any wrong argument, before anything is made.
+        ConfigurationError: for any wrong argument, and for a model that takes no cache, before anything is made.
         CacheDirectoryError: when the folder cannot be made or is not safe.
         MemoryLimitError: no memory is free for the buffers that reading and writing need.
     """

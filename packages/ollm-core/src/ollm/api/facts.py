@@ -14,6 +14,7 @@ from ollm.seam.cache import KVCache
 from ollm.seam.geometry import decoder_config, kv_geometry, without_adapter
 from ollm.seam.mode import why_not_blocks
 from ollm.seam.prefill import activation_bytes
+from ollm.seam.support import check_takes_cache
 
 if TYPE_CHECKING:
     from torch import nn
@@ -23,8 +24,9 @@ def facts_of(model: nn.Module) -> ModelFacts:
     """What is known of a loaded model, without trying it.
 
     Raises:
-        ConfigurationError: it is no decoder of transformers'.
+        ConfigurationError: it is no decoder of transformers', or takes no cache.
     """
+    check_takes_cache(model)
     parameter = next(model.parameters())
     return facts_of_config(decoder_config(model), type(model).__name__, parameter.dtype, parameter.device)
 

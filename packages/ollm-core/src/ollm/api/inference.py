@@ -6,6 +6,7 @@ placements, and stage timings.
 
 from __future__ import annotations
 
+import functools
 import logging as _logging
 import os
 import time
@@ -32,8 +33,10 @@ from ollm.plan.placement import PlacementRecord
 from ollm.seam.cache import KVCache
 from ollm.seam.geometry import decoder_config
 from ollm.seam.loading import apply_adapter, load_config, load_model, load_tokenizer
+from ollm.seam.meter import Meter
 from ollm.seam.peak import longest_prompt
-from ollm.stats import Meter, Stats
+from ollm.seam.prefill import bound_prompts
+from ollm.stats import Stats
 
 if TYPE_CHECKING:
     from ollm.weights.streamer import WeightStreamer
@@ -95,15 +98,13 @@ class _Native:
         return cache
 
     def _bound_prompts(self, cache: KVCache) -> None:
-        """Where weights are streamed, memory is short: let `generate` take a prompt that would not fit in parts, each
-        of which reads the weights once. A size that the user has set stays."""
-        settings = self.model.generation_config
-        if self.placement is None or not self.placement.streamed_bytes or settings.prefill_chunk_size is not None:
+        """Where weights are streamed, memory is short: while the cache is open, let `generate` take a prompt that would
+        not fit in parts, each of which reads the weights once. A size that the user has set stays."""
+        if self.placement is None or not self.placement.streamed_bytes:
             return
         free = ledger.measure(self.device).device_free
-        settings.prefill_chunk_size = longest_prompt(
-            decoder_config(self.model), self.model.dtype, cache.piece_rows, free
-        )
+        tokens = longest_prompt(decoder_config(self.model), self.model.dtype, cache.piece_rows, free)
+        cache.while_open(functools.partial(bound_prompts, self.model, tokens))
 
     def offload_layers_to_cpu(self, layers_num: int, policy: str = "auto") -> PlacementRecord:
         """Keep decoder layers in host memory and read all others from disk for each forward pass; an earlier choice

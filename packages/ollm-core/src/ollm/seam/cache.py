@@ -31,6 +31,9 @@ from ollm.seam.layers import StoredLayer, check_every_layer_has, stock_layer, wh
 
 logger = logging.getLogger(__name__)
 
+Change = Callable[[], Callable[[], None]]
+"""Changes a model, and returns what undoes it."""
+
 
 class KVCache(Cache):
     """Keys and values of one batch of sequences. Not thread-safe; `reset()` makes it reusable, `close()` ends it.
@@ -46,7 +49,7 @@ class KVCache(Cache):
         *,
         spill_policy: str,
         lossless: bool,
-        switch_on: Callable[[], Callable[[], None]] | None = None,
+        switch_on: Change | None = None,
         mode_reason: str = "",
         origin: KVCache | None = None,
     ) -> None:
@@ -60,7 +63,9 @@ class KVCache(Cache):
                 cache is closed or dropped; `None` for tensor mode.
             origin: the cache that this one is a fork of.
         """
-        self._config, self._switch_on = config, switch_on
+        self._config = config
+        self._blocks: bool = origin._blocks if origin else switch_on is not None
+        self._changes: list[tuple[Change, weakref.finalize[..., KVCache]]] = []
         self._mode_reason = mode_reason
         self.piece_rows: int | None = None
         """The longest piece of a prompt that a layer takes at once; `None` for all of it."""
@@ -89,10 +94,18 @@ class KVCache(Cache):
         self._attention_layers = [i for i, layer in enumerate(self.layers) if isinstance(layer, CacheLayerMixin)]
         if not self._stored:
             logger.warning("No layer of this model has full attention, so nothing of it goes to a store.")
-        # last, so that nothing can fail while the model is switched
-        self._undo_blocks = weakref.finalize(self, switch_on()) if switch_on else None
-        if self._undo_blocks is not None:
-            self._undo_blocks.atexit = False  # at exit the model goes as well
+        try:
+            for change in [change for change, _ in origin._changes] if origin else [switch_on] if switch_on else []:
+                self.while_open(change)
+        except BaseException:
+            self.close()
+            raise
+
+    def while_open(self, change: Change) -> None:
+        """Make a change to the model which is undone when this cache is closed or dropped; a fork makes it, too."""
+        undo = weakref.finalize(self, change())
+        undo.atexit = False  # at exit the model goes as well
+        self._changes.append((change, undo))
 
     @property
     def counters(self) -> KVCounters:
@@ -185,7 +198,7 @@ class KVCache(Cache):
             raise ConfigurationError(f"fork(n={n!r}): give the number of continuations of every row, 1 or more.")
         fork = KVCache(
             self._config, self._session, spill_policy=self._spill_policy, lossless=self._lossless,
-            switch_on=self._switch_on, mode_reason=self._mode_reason, origin=self,
+            mode_reason=self._mode_reason, origin=self,
         )  # fmt: skip
         fork.piece_rows, fork.progress = self.piece_rows, self.progress
         try:
@@ -209,7 +222,7 @@ class KVCache(Cache):
             strategy=self._session.strategy,
             spill_policy=self._spill_policy,
             lifecycle="runtime-scoped",
-            mode="block" if self._undo_blocks else "tensor",
+            mode="block" if self._blocks else "tensor",
             mode_reason=self._mode_reason,
             lossless=self._lossless,
             directory=self._session.directory,
@@ -243,8 +256,8 @@ class KVCache(Cache):
         """Free everything that no fork needs, on disk too. May be called twice; the cache cannot be used afterwards."""
         if not self._closed:
             self._closed = True
-            if self._undo_blocks is not None:
-                self._undo_blocks()
+            while self._changes:  # and no closed cache keeps a model
+                self._changes.pop()[1]()
             self._leave.detach()
             self._session.leave(self._branch, functools.partial(_close_all, list(self._stored.values())))
 
@@ -264,7 +277,7 @@ class KVCache(Cache):
 
     def _new_layer(self, index: int) -> Any:
         if index in self._stored:
-            return StoredLayer(self._stored[index], croppable=self._lossless, blocks=self._switch_on is not None)
+            return StoredLayer(self._stored[index], croppable=self._lossless, blocks=self._blocks)
         kind, arguments = self._layer_types[index]
         return stock_layer(kind, arguments)
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ollm.seam.geometry import kv_geometry
+from ollm.seam.geometry import kv_geometry, largest
 from ollm.seam.prefill import activation_bytes
 
 _HIDDEN_COPIES = 3
@@ -44,8 +44,9 @@ def longest_prompt(config: Any, dtype: Any, rows: int | None, free_bytes: int) -
 
 def _bytes_per_token(config: Any, dtype: Any) -> int:
     """What is kept of every token of the prompt while a layer works through it."""
-    hidden = config.hidden_size * dtype.itemsize * _HIDDEN_COPIES
+    hidden = largest(config, "hidden_size") or 0
     # keys and values of the layer at work, before and after they are put together for its later pieces
     kept = max((layer.bytes_per_token for layer in kv_geometry(config, dtype).layers), default=0) * 2
-    rotary = 2 * (getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads) * 4
-    return int(hidden + kept + rotary)
+    head = largest(config, "head_dim") or hidden // (largest(config, "num_attention_heads") or 1)
+    rotary = 2 * head * 4
+    return int(hidden * dtype.itemsize * _HIDDEN_COPIES + kept + rotary)
