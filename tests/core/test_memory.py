@@ -10,6 +10,7 @@ import torch
 
 from ollm.errors import MemoryLimitError
 from ollm.io import ledger as module
+from ollm.testing.processes import watchdog
 
 GIB = 2**30
 
@@ -198,3 +199,19 @@ def test_claims_from_many_threads_never_exceed_what_is_free(cgroup):
     with ThreadPoolExecutor(8) as threads:
         claims = list(threads.map(lambda _: ledger.try_claim("pieces", GIB, CPU), range(100)))
     assert sum(claim is not None for claim in claims) == 47
+
+
+def test_a_claim_may_be_released_while_another_one_is_made(monkeypatch):
+    """As the garbage collector does, at any moment and in any thread."""
+    ledger, device = memory.MemoryLedger(), torch.device("cpu")
+    first = ledger.claim("first", GIB, device)
+    measure = memory.measure_memory
+
+    def collect(device):
+        first.release()
+        return measure(device)
+
+    monkeypatch.setattr(memory, "measure_memory", collect)
+    with watchdog(10):
+        second = ledger.claim("second", 2 * GIB, device)
+    assert ledger._claims == [second]

@@ -145,8 +145,9 @@ class CachePlan:
 
     def _in_tensor_mode(self, reason: str) -> CachePlan:
         if not self.facts.full_history:
+            asked = "mode='tensor' was " if self.requested_mode == "tensor" else ""
             raise ConfigurationError(
-                f"cache_strategy={self.strategy!r} keeps a window, which needs mode='block'; {reason}."
+                f"cache_strategy={self.strategy!r} keeps a window, which needs mode='block'; {asked}{reason}."
             )
         return attrs.evolve(self, mode="tensor", mode_reason=reason)
 
