@@ -11,7 +11,8 @@ from core.golden_files import check_golden, fix_store_id, small_block
 from ollm.builtin.chunked import ChunkedStore
 from ollm.builtin.resident import ResidentStore
 from ollm.errors import StorageError
-from ollm.testing import KVStoreTests, PluginTests, store_context
+from ollm.plugin import BlockKey, KVBlock
+from ollm.testing import KVStoreTests, PluginTests, store_context, write_blocks
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -38,8 +39,8 @@ def test_a_dtype_that_the_format_does_not_have_is_refused(tmp_path):
     store = make_chunked(tmp_path)
     keys = torch.zeros(1, 1, 1, 1, dtype=torch.complex64)
     with pytest.raises(StorageError, match=r"complex64 cannot be stored.*bfloat16"):
-        store.append(0, keys, keys)
-    assert store.extents(0) == ()
+        store.write(KVBlock(keys, keys), BlockKey(0, 0, 0, 1, 1))
+    assert not store.storage.holds(0)
     store.close()
 
 
@@ -47,6 +48,6 @@ def test_the_files_of_chunked_have_the_bytes_that_were_written_down(tmp_path, mo
     fix_store_id(monkeypatch)
     store = make_chunked(tmp_path)
     for layer in range(2):
-        for number in range(2):
-            store.append(layer, *small_block(2 + number, 100 * layer + 10 * number, rows=1 + layer))
+        blocks = [KVBlock(*small_block(2 + n, 100 * layer + 10 * n, rows=1 + layer)) for n in range(2)]
+        write_blocks(store, blocks, layer=layer)
     check_golden(store, GOLDEN / "chunked.txt")

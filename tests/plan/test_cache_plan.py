@@ -8,6 +8,7 @@ import sys
 import attrs
 import pytest
 import torch
+from ollm.memory import ledger
 from transformers import LlamaConfig
 
 from ollm.api.cache import plan_for
@@ -15,7 +16,6 @@ from ollm.api.facts import facts_of, facts_of_config
 from ollm.api.opening import open_cache
 from ollm.contracts.spill import KVGeometry, LayerGeometry, MemorySnapshot
 from ollm.errors import ConfigurationError
-from ollm.memory import ledger
 from ollm.plan import BlockVerdict, CacheRequest, ModelFacts, plan_cache
 from ollm.plan.cache import piece_tokens
 from ollm.registry import Kind, registry
@@ -75,7 +75,7 @@ assert not {"torch", "transformers"} & sys.modules.keys()
 
 
 def test_a_plan_is_printed_before_a_model_is_loaded(model):
-    config = LlamaConfig(**{**model.config.to_dict()})
+    config = LlamaConfig(**model.config.to_dict())
     facts = facts_of_config(config, "LlamaForCausalLM", torch.float32, torch.device("cpu"))
     assert facts == facts_of(model)
     text = str(plan(model=facts, ram_budget="1GiB", cache_strategy="paged"))

@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 from ollm.api.placement import Placer
 from ollm.contracts.spill import MemorySnapshot
 from ollm.errors import ConfigurationError, DeviceError, MemoryLimitError, ModelDirectoryError, WeightsError
-from ollm.io.ledger import MemoryLedger
 from ollm.io import shim
+from ollm.io.ledger import MemoryLedger
 from ollm.testing.faults import FaultyDisk, fails
 from together.comparison import tokens
 from together.streamed_models import load, longer, save_checkpoint, stock

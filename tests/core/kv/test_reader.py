@@ -3,26 +3,8 @@
 from __future__ import annotations
 
 import errno
-import importlib.util as _u
-import itertools
-import os
-import threading
 
-import pytest
-import torch
-
-from core.kv.engine_fixtures import ANY, EXTENT_BYTES, TOKENS, expected, extents_of, joined, make_session, tokens, walk
-from ollm.builtin.chunked import ChunkedStore
-from ollm.errors import CorruptDataError, StorageError
-from ollm.io import shim
-from ollm.io.buffers import ALIGNMENT
-from ollm.kv import route
-from ollm.storage.options import BUFFER_BYTES
-
-_spec = _u.spec_from_file_location("faults_tmp", "/work/main/packages/ollm-core/src/ollm/testing/faults.py")
-_m = _u.module_from_spec(_spec)
-_spec.loader.exec_module(_m)
-FaultyDisk, fails = _m.FaultyDisk, _m.fails
+from ollm.testing.faults import FaultyDisk, fails
 
 pytestmark = pytest.mark.timeout(60)
 

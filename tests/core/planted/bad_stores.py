@@ -6,7 +6,7 @@ import attrs
 
 from core.planted.catching import Table
 from core.planted.sound import MemoryStore, RoundingStore
-from ollm.plugin import KVBlock, unpack
+from ollm.plugin import KVBlock, Location, pack, unpack
 from ollm.testing import KVStoreTests
 
 CAUGHT = Table()
@@ -18,6 +18,18 @@ class MemoryCase(KVStoreTests):
 
     def open(self, context):
         return self.store_type(context.window_tokens)
+
+
+class KeyedStore(MemoryStore):
+    """Finds bytes by something of their key; a subclass says by what."""
+
+    def write(self, block, key):
+        location = super().write(block, key)
+        self.raw[self.by(key)] = self.raw[location]
+        return location
+
+    def read(self, extent):
+        return self.raw[self.by(extent.key)]
 
 
 class TestSoundMemory(MemoryCase):
@@ -37,13 +49,6 @@ class TestSoundRounding(MemoryCase):
     tolerance = 2**-8
 
 
-@caught_by("test_truncate_at_every_border", "tokens of the extents")
-class TestTruncateOffByOne(MemoryCase):
-    class store_type(MemoryStore):
-        def truncate(self, layer, length):
-            self.listed[layer] = tuple(extent for extent in self.extents(layer) if extent.start <= length)
-
-
 @caught_by("test_round_trip", "dtype")
 class TestWrongDtype(MemoryCase):
     class store_type(MemoryStore):
@@ -55,15 +60,16 @@ class TestWrongDtype(MemoryCase):
 @caught_by("test_the_callers_tensors_are_copied", "bytes differ")
 class TestAliasing(MemoryCase):
     class store_type(MemoryStore):
-        def append(self, layer, keys, values):
-            super().append(layer, keys, values)
-            self.given = {**getattr(self, "given", {}), self.listed[layer][-1]: (keys, values)}
+        def write(self, block, key):
+            location = super().write(block, key)
+            self.given = {**getattr(self, "given", {}), location: block}
+            return location
 
         def decode(self, extent, raw, out):
-            return KVBlock(*self.given[extent])
+            return self.given[extent.location]
 
 
-@caught_by("test_round_trip", "keys of .*(bytes differ|shape)")
+@caught_by("test_round_trip", "keys of .*(are what its values should be|shape)")
 class TestSwappedKeysAndValues(MemoryCase):
     class store_type(MemoryStore):
         def decode(self, extent, raw, out):
@@ -71,14 +77,25 @@ class TestSwappedKeysAndValues(MemoryCase):
             return KVBlock(block.values, block.keys)
 
 
-@caught_by("test_random_operations", "starts and tokens of the extents")
-class TestRingOffByOne(MemoryCase):
-    window_tokens = 16
-
+@caught_by("test_dropped_bytes_stay_until_they_are_freed", "keys of .* are what its values should be|bytes differ")
+class TestSwappedWhereTheyAreAlike(MemoryCase):
     class store_type(MemoryStore):
-        def evict(self, layer, extents):
-            super().evict(layer, extents)
-            self.listed[layer] = self.listed[layer][1:] if len(self.listed[layer]) > 1 else self.listed[layer]
+        def decode(self, extent, raw, out):
+            block = super().decode(extent, raw, out)
+            alike = block.keys.shape == block.values.shape
+            return KVBlock(block.values, block.keys) if alike else block
+
+
+@caught_by("test_what_is_kept_stays_while_others_come_and_go", "KeyError")
+class TestFreesItsNeighbour(MemoryCase):
+    class store_type(MemoryStore):
+        def free(self, locations):
+            last = max(location.offset for location in locations)
+            self.raw = {
+                location: raw
+                for location, raw in self.raw.items()
+                if location not in locations and location.offset != last + 1
+            }
 
 
 @caught_by("test_the_window_is_what_was_asked_for", "assert 17 == 16")
@@ -99,35 +116,61 @@ class TestWrongScale(MemoryCase):
             return attrs.evolve(block, value_scale=block.key_scale)
 
 
-@caught_by("test_extents_are_snapshots", "assert")
-class TestListHandedOut(MemoryCase):
-    class store_type(MemoryStore):
-        def append(self, layer, keys, values):
-            kept = self.listed.get(layer)
-            super().append(layer, keys, values)
-            if kept is not None:
-                kept.append(self.listed[layer][-1])
-            self.listed[layer] = kept if kept is not None else list(self.listed[layer])
-
-
-@caught_by("test_layers_are_apart_and_may_differ", "layer 0|layer 99|extents of a layer")
+@caught_by("test_layers_and_branches_are_apart_and_may_differ", "bytes differ|raw bytes of")
 class TestLayersMixedUp(MemoryCase):
-    class store_type(MemoryStore):
-        def extents(self, layer):
-            return self.listed.get(layer % 11, ())
+    class store_type(KeyedStore):
+        def by(self, key):
+            return key.layer % 7, key.branch, key.start, key.tokens
 
-        def append(self, layer, keys, values):
-            super().append(layer, keys, values)
-            self.listed[layer % 11] = self.listed[layer]
+
+@caught_by("test_layers_and_branches_are_apart_and_may_differ", "bytes differ|raw bytes of")
+class TestBranchesMixedUp(MemoryCase):
+    class store_type(KeyedStore):
+        def by(self, key):
+            return key.layer, key.start, key.tokens, key.rows
+
+
+@caught_by("test_dropped_bytes_stay_until_they_are_freed", "bytes differ")
+class TestFoundByTheirKey(MemoryCase):
+    class store_type(KeyedStore):
+        def by(self, key):
+            return key
+
+
+@caught_by("test_positions_are_written_again_after_others_were_dropped", "two blocks are said to be in one place")
+class TestLiesAboutTheLocation(MemoryCase):
+    class store_type(MemoryStore):
+        def write(self, block, key):
+            raw = pack(block)
+            self.raw[key] = raw
+            return Location(raw.numel())
+
+        def read(self, extent):
+            return self.raw[extent.key]
+
+        def free(self, locations):
+            pass
+
+
+@caught_by("test_round_trip", "raw bytes of")
+class TestLiesAboutTheLength(MemoryCase):
+    class store_type(MemoryStore):
+        def write(self, block, key):
+            location = super().write(block, key)
+            short = attrs.evolve(location, nbytes=location.nbytes - 8)
+            self.raw[short] = self.raw[location]
+            return short
 
 
 @caught_by("test_a_layer_that_was_emptied_takes_other_shapes", "invalid|shape|dtype|size")
 class TestFirstShapesForEver(MemoryCase):
     class store_type(MemoryStore):
-        def append(self, layer, keys, values):
-            layout = self.layouts.get(layer)
-            super().append(layer, keys, values)
-            self.layouts[layer] = layout or self.layouts[layer]
+        def decode(self, extent, raw, out):
+            return super().decode(attrs.evolve(extent, layout=self.layouts[extent.key.layer]), raw, out)
+
+        def write(self, block, key):
+            self.layouts = {key.layer: block.layout, **getattr(self, "layouts", {})}
+            return super().write(block, key)
 
 
 @caught_by("test_every_bit_pattern", "neither refused nor kept|bytes differ|off by")
@@ -135,8 +178,8 @@ class TestNaNsBecomeNumbers(MemoryCase):
     tolerance = 2**-8
 
     class store_type(RoundingStore):
-        def append(self, layer, keys, values):
-            super().append(layer, keys.nan_to_num(0, 0, 0), values.nan_to_num(0, 0, 0))
+        def write(self, block, key):
+            return super().write(KVBlock(block.keys.nan_to_num(0, 0, 0), block.values.nan_to_num(0, 0, 0)), key)
 
 
 @caught_by("test_round_trip", "bytes differ")
@@ -148,7 +191,7 @@ class TestLossyAndSaidToBeLossless(MemoryCase):
 class TestAddsToWhatIsInOut(MemoryCase):
     class store_type(MemoryStore):
         def decode(self, extent, raw, out):
-            block = unpack(self.layouts[extent.layer], extent, raw)
+            block = unpack(extent, raw)
             return block if out is None else KVBlock(out.keys.add_(block.keys), out.values.add_(block.values))
 
 
@@ -158,14 +201,34 @@ class TestHandsOutItsOwnMemory(MemoryCase):
         in_memory = False
 
 
-@caught_by("test_random_operations", "starts and tokens of the extents|tokens of the extents")
-class TestTrimsAndDropsTheRest(MemoryCase):
+@caught_by("test_all_tokens_are_decoded_though_fewer_are_visible", "keys of .*, 0 visible: shape")
+class TestDecodesOnlyWhatIsVisible(MemoryCase):
     class store_type(MemoryStore):
-        trims = True
+        def decode(self, extent, raw, out):
+            block = super().decode(extent, raw, out)
+            return KVBlock(block.keys[:, :, : extent.visible], block.values[:, :, : extent.visible])
+
+
+@caught_by("test_random_operations", "shape|bytes differ")
+class TestCutExtentsAreWholeOnes(MemoryCase):
+    class store_type(MemoryStore):
+        def decode(self, extent, raw, out):
+            cut = attrs.evolve(extent, key=attrs.evolve(extent.key, tokens=extent.visible))
+            return super().decode(cut, raw[: extent.layout.nbytes(extent.key.rows, extent.visible)], out)
+
+
+@caught_by("test_keys_and_values_that_do_not_belong_together_are_refused", "DID NOT RAISE|Error")
+class TestTakesWhatDoesNotBelongTogether(MemoryCase):
+    class store_type(MemoryStore):
+        def write(self, block, key):
+            block = attrs.evolve(block, values=block.values.to(block.keys.dtype))
+            return super().write(block, key)
 
 
 @caught_by("test_forks|test_beams|test_greedy_generation", ".")
 class TestRowsLost(MemoryCase):
     class store_type(MemoryStore):
-        def append(self, layer, keys, values):
-            super().append(layer, keys[:1].expand_as(keys), values[:1].expand_as(values))
+        def write(self, block, key):
+            return super().write(
+                KVBlock(block.keys[:1].expand_as(block.keys), block.values[:1].expand_as(block.values)), key
+            )

@@ -1,6 +1,5 @@
-"""A KV store in SQLite: one row per extent. Knows nothing of attention, nor of when it is read."""
+"""A KV store in SQLite: one row per block. Knows nothing of attention, nor of which tokens are where."""
 
-import itertools
 import os
 import sqlite3
 import threading
@@ -9,92 +8,81 @@ from contextlib import contextmanager
 import torch
 import xxhash
 
-from ollm.plugin import CorruptDataError, DiskFullError, Extent, KVStore, LayerLayout, StorageError, StoreStats, unpack
+from ollm.plugin import CorruptDataError, DiskFullError, KVStore, Location, StorageError, StoreStats, pack, unpack
 
-_NAME = "store-extents.sqlite"
+_NAME = "store-blocks.sqlite"
 _PAGE = 2**16
-_TABLE = """
-CREATE TABLE extents (
-    id INTEGER PRIMARY KEY, layer INTEGER, start INTEGER, tokens INTEGER, rows INTEGER, hash BLOB, payload BLOB
-)
-"""
+_TABLE = "CREATE TABLE IF NOT EXISTS blocks (id INTEGER PRIMARY KEY, what TEXT, hash BLOB, payload BLOB)"
 _DAMAGED = {"SQLITE_CORRUPT", "SQLITE_NOTADB", "SQLITE_MISMATCH", "SQLITE_TOOBIG"}
 
 
 class SQLiteStore(KVStore):
-    """Keys and values as they are, with a hash that is checked on every read."""
+    """Keys and values as they are, with a hash that is checked on every read. A block's location is its row's id."""
 
     def __init__(self, folder, page_cache=2**20):
         self._folder = folder
         self._lock = threading.Lock()
-        self._ids = itertools.count(1)  # never used twice, so that no extent equals a dropped one
-        self._extents, self._layouts = {}, {}
         self._written = self._read = 0
         try:
             with self._sqlite("open"):
-                os.close(folder.new_file(_NAME))  # private before SQLite opens it
+                os.close(folder.open_file(_NAME))  # private before SQLite opens it
                 self._database = sqlite3.connect(folder.path / _NAME, check_same_thread=False)
                 self._database.execute(f"PRAGMA page_size = {_PAGE}")
                 self._database.execute(f"PRAGMA cache_size = {page_cache // _PAGE}")
                 self._database.execute("PRAGMA locking_mode = EXCLUSIVE")
-                # the folder goes with the process, so nothing need survive a crash; a failed write is still undone
+                # a write that fails is undone; a file that a crash left half written is found to be damaged
                 self._database.execute("PRAGMA journal_mode = MEMORY")
                 self._database.execute("PRAGMA synchronous = OFF")
                 self._database.execute(_TABLE)
         except BaseException:
-            folder.remove()
+            folder.close()
             raise
 
-    def append(self, layer, keys, values):
-        layout = LayerLayout.of(keys, values)
-        payload = b"".join(
-            tensor.contiguous().view(-1).view(torch.uint8).cpu().numpy().tobytes() for tensor in (keys, values)
-        )
-        before = self.extents(layer)
-        start = before[-1].stop if before else 0
-        extent = Extent(layer, start, keys.shape[2], keys.shape[0], len(payload), offset=next(self._ids))
+    def write(self, block, key):
+        payload = pack(block).cpu().numpy().tobytes()
+        row = (_what(key, block.layout), xxhash.xxh3_64_digest(payload), payload)
         with self._sqlite("write"), self._database:
-            self._database.execute(
-                "INSERT INTO extents VALUES (?, ?, ?, ?, ?, ?, ?)",
-                (extent.offset, *_identity(extent), _hash(payload), payload),
-            )
+            number = self._database.execute("INSERT INTO blocks (what, hash, payload) VALUES (?, ?, ?)", row).lastrowid
         self._written += len(payload)
-        self._layouts[layer] = layout
-        self._extents[layer] = (*before, extent)
-
-    def extents(self, layer):
-        return self._extents.get(layer, ())
-
-    def decode(self, extent, raw, out):
-        return unpack(self._layouts[extent.layer], extent, raw)
-
-    def truncate(self, layer, length):
-        self._extents[layer] = tuple(extent for extent in self.extents(layer) if extent.stop <= length)
+        return Location(len(payload), offset=number)
 
     def read(self, extent):
         with self._sqlite("read"):
-            row = self._database.execute("SELECT * FROM extents WHERE id = ?", (extent.offset,)).fetchone()
-        if row is None:
-            raise CorruptDataError(f"{extent} is not in {self._folder.path / _NAME}.")
-        *identity, digest, payload = row[1:]
-        if tuple(identity) != _identity(extent) or not isinstance(payload, bytes) or digest != _hash(payload):
+            found = self._database.execute("SELECT * FROM blocks WHERE id = ?", (extent.location.offset,)).fetchone()
+        _, what, digest, payload = found or (None,) * 4
+        if (
+            what != _what(extent.key, extent.layout)
+            or not isinstance(payload, bytes)
+            or (len(payload), digest) != (extent.location.nbytes, xxhash.xxh3_64_digest(payload))
+        ):
             raise CorruptDataError(f"{extent} in {self._folder.path / _NAME} was damaged; start the generation again.")
         self._read += len(payload)
         return torch.frombuffer(bytearray(payload), dtype=torch.uint8)
 
-    def release(self, extents):
+    def decode(self, extent, raw, out):
+        return unpack(extent, raw)
+
+    def free(self, locations):
         with self._sqlite("free"), self._database:
-            self._database.executemany("DELETE FROM extents WHERE id = ?", [(extent.offset,) for extent in extents])
+            self._delete(location.offset for location in locations)
+
+    def adopt(self, extents):
+        kept = {extent.location.offset for extent in extents}
+        with self._sqlite("go on with"), self._database:
+            self._delete(number for (number,) in self._database.execute("SELECT id FROM blocks") if number not in kept)
 
     def close(self):
         with self._sqlite("close"):
             self._database.close()
-            self._folder.remove()
+            self._folder.close()
 
     def stats(self):
         with self._sqlite("look into"):
             (pages,) = self._database.execute("PRAGMA page_count").fetchone()
         return StoreStats(disk_bytes=pages * _PAGE, bytes_written=self._written, bytes_read=self._read)
+
+    def _delete(self, numbers):
+        self._database.executemany("DELETE FROM blocks WHERE id = ?", [(number,) for number in numbers])
 
     @contextmanager
     def _sqlite(self, action):
@@ -110,9 +98,6 @@ class SQLiteStore(KVStore):
                 raise (CorruptDataError if name in _DAMAGED else StorageError)(message) from error
 
 
-def _identity(extent):
-    return extent.layer, extent.start, extent.tokens, extent.rows
-
-
-def _hash(payload):
-    return xxhash.xxh3_64_digest(payload)
+def _what(key, layout):
+    """Which block a row holds, for people too."""
+    return f"{key} {layout}"

@@ -2,7 +2,7 @@
 
 | class | its one method | tests |
 |---|---|---|
-| `KVStoreTests` | `open` | the contract of stores, damage, faults, crashes, sessions, and tokens of a real model |
+| `KVStoreTests` | `open` | the contract of stores, damage, faults, crashes, reopening, and tokens of a real model |
 | `SpillPolicyTests` | `plan` | what every plan must keep to |
 | `OffloadPlacementTests` | `place` | what every choice of layers must keep to |
 | `ModelAdapterTests` | `adapter` | that the parts of a model are found |
@@ -24,14 +24,14 @@ pytest.register_assert_rewrite(
     *(
         f"{__name__}.{module}"
         for module in (
-            "adapters", "blocks", "case", "contract", "damage", "faulty", "in_model", "machine", "placements",
-            "plugins", "sessions", "spill", "wheels",
+            "adapters", "blocks", "case", "contract", "damage", "faulty", "in_model", "machine", "parts",
+            "placements", "plugins", "reopening", "sessions", "spill", "wheels",
         )
     )
 )  # fmt: skip
 
 from ollm.testing.adapters import ModelAdapterTests  # noqa: E402
-from ollm.testing.blocks import assert_holds, random_block, read_extent  # noqa: E402
+from ollm.testing.blocks import assert_holds, random_block, read_extent, write_blocks  # noqa: E402
 from ollm.testing.case import store_context  # noqa: E402
 from ollm.testing.placements import OffloadPlacementTests  # noqa: E402
 from ollm.testing.plugins import PluginTests  # noqa: E402
@@ -48,4 +48,5 @@ __all__ = [
     "random_block",
     "read_extent",
     "store_context",
+    "write_blocks",
 ]

@@ -1,18 +1,19 @@
-"""Random keys and values, and what a store must give back for them. Knows nothing of how stores keep anything."""
+"""Random blocks, and the table that the kit keeps in core's place: what a store was given, and must give back.
+
+Knows nothing of how stores keep anything.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
-from ollm.contracts.kv import Extent, KVStore
+from ollm.contracts.blocks import BlockKey, Extent, KVBlock, Location
+from ollm.contracts.kv import KVStore
 from ollm.io.buffers import aligned_buffer
-from ollm.storage.records import record_span
-
-Pair = tuple[Tensor, Tensor]
-"""Keys `[rows, heads, tokens, key_size]` and values `[rows, heads, tokens, value_size]`."""
+from ollm.storage.records import run_span
 
 
 def random_block(
@@ -24,34 +25,61 @@ def random_block(
     value_size: int = 8,
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
-) -> Pair:
-    """Keys and values of standard normal numbers, as attention makes them: not contiguous. The same for a seed."""
+) -> KVBlock:
+    """A block of standard normal numbers, as attention makes it: not contiguous. The same for a seed."""
     generator = torch.Generator().manual_seed(seed)
     keys, values = (
         torch.randn(rows, tokens, heads, size, generator=generator).to(dtype).transpose(1, 2)
         for size in (key_size, value_size)
     )
-    return keys, values
+    return KVBlock(keys, values)
+
+
+def write_blocks(
+    store: KVStore, blocks: Iterable[KVBlock], *, layer: int = 0, branch: int = 0, start: int = 0
+) -> list[Extent]:
+    """Write blocks one behind the other, as core does; the extents that they are in from then on.
+
+    Args:
+        store: what is tested.
+        blocks: of one layer.
+        layer, branch: whose they are.
+        start: position of the first token.
+    """
+    extents = []
+    for block in blocks:
+        rows, _, tokens, _ = block.keys.shape
+        key = BlockKey(layer, branch, start, tokens, rows)
+        location = store.write(block, key)
+        assert isinstance(location, Location), f"write() gave {location!r}"
+        extents.append(Extent.of(key, block.layout, location))
+        start += tokens
+    return extents
 
 
 def read_raw(store: KVStore, extent: Extent) -> Tensor:
     """The raw bytes of an extent, as core reads them: uint8 on the host."""
     if store.storage is None:
         return store.read(extent)
-    begin, end = record_span(extent)
+    begin, end = run_span([extent])
     return store.storage.read([extent], aligned_buffer(end - begin))[0]
 
 
-def read_extent(store: KVStore, extent: Extent) -> Pair:
-    """Keys and values of an extent, read from where the store keeps them and decoded; scales are applied."""
+def read_extent(store: KVStore, extent: Extent) -> KVBlock:
+    """All keys and values of an extent, visible or not, read from where the store keeps them and decoded; scales are
+    applied."""
     raw = read_raw(store, extent)
-    assert (raw.dtype, raw.numel()) == (torch.uint8, extent.nbytes), f"raw bytes of {extent}"
-    decoded = store.decode(extent, raw, None)
+    assert (raw.dtype, raw.numel()) == (torch.uint8, extent.location.nbytes), f"raw bytes of {extent}"
+    return scaled(store.decode(extent, raw, None))
+
+
+def scaled(block: KVBlock) -> KVBlock:
+    """The same block with its scales applied."""
     keys, values = (
         tensor if scale == 1.0 else tensor * scale
-        for tensor, scale in ((decoded.keys, decoded.key_scale), (decoded.values, decoded.value_scale))
+        for tensor, scale in ((block.keys, block.key_scale), (block.values, block.value_scale))
     )
-    return keys, values
+    return KVBlock(keys, values)
 
 
 def assert_same(ours: Tensor, theirs: Tensor, tolerance: float, what: object = "") -> None:
@@ -75,33 +103,37 @@ def assert_same(ours: Tensor, theirs: Tensor, tolerance: float, what: object = "
     assert same, f"{what}: {int((_bits(ours) != _bits(theirs)).sum())} of {theirs.nbytes} bytes differ"
 
 
-def assert_holds(store: KVStore, layer: int, blocks: Sequence[Pair], tolerance: float = 0.0) -> None:
-    """The store lists and gives back exactly these blocks, in order, as extents from position 0.
+def assert_reads(store: KVStore, extent: Extent, block: KVBlock, tolerance: float, what: str = "") -> None:
+    """The store gives this for an extent: all tokens that were written, however few of them are visible."""
+    __tracebackhide__ = True
+    assert_equal(read_extent(store, extent), block, tolerance, f"{{}} of {extent}{what}")
+
+
+def assert_equal(ours: KVBlock, theirs: KVBlock, tolerance: float, what: str) -> None:
+    """Keys as keys, and values as values. `what` has a place for which of the two."""
+    __tracebackhide__ = True
+    alike = ours.keys.shape == theirs.values.shape and ours.values.shape == theirs.keys.shape
+    if alike and torch.equal(_bits(ours.keys), _bits(theirs.values)) and ours.keys.numel():
+        same = torch.equal(_bits(ours.keys), _bits(theirs.keys))
+        assert same, f"{what.format('keys')} are what its values should be"
+    for name in ("keys", "values"):
+        assert_same(getattr(ours, name), getattr(theirs, name), tolerance, what.format(name))
+
+
+def assert_holds(store: KVStore, extents: Sequence[Extent], blocks: Sequence[KVBlock], tolerance: float = 0.0) -> None:
+    """The store gives back each of these blocks for its extent, and no two are in one place.
 
     Args:
         store: what is tested.
-        layer: the number that they were appended under.
-        blocks: keys and values, one pair per extent.
+        extents: as `write_blocks` gave them.
+        blocks: what was written, in the same order.
         tolerance: see `KVStoreTests.tolerance`.
     """
     __tracebackhide__ = True
-    extents = store.extents(layer)
-    listed, appended = [extent.tokens for extent in extents], [keys.shape[2] for keys, _ in blocks]
-    assert listed == appended, f"layer {layer}: tokens of the extents, against what was appended"
-    position = 0
     for extent, block in zip(extents, blocks, strict=True):
-        place = (extent.layer, extent.start, extent.rows)
-        assert place == (layer, position, block[0].shape[0]), f"layer, start and rows of {extent}"
-        position = extent.stop
         assert_reads(store, extent, block, tolerance)
-
-
-def assert_reads(store: KVStore, extent: Extent, block: Pair, tolerance: float) -> None:
-    """The store gives this for an extent."""
-    __tracebackhide__ = True
-    ours = read_extent(store, extent)
-    for name, mine, theirs in zip(("keys", "values"), ours, block, strict=True):
-        assert_same(mine, theirs, tolerance, f"{name} of {extent}")
+    places = [extent.location for extent in extents]
+    assert len(set(places)) == len(places), f"two blocks are said to be in one place: {places}"
 
 
 def _bits(tensor: Tensor) -> Tensor:

@@ -1,17 +1,18 @@
-"""Every clause of `KVStore`'s contract, one test each, against the tensors that were appended."""
+"""Every clause of `KVStore`'s contract, one test each, against the tensors that were written."""
 
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import attrs
 import pytest
 import torch
 
-from ollm.contracts.kv import KVBlock, KVStore
+from ollm.contracts.blocks import BlockKey, KVBlock
+from ollm.contracts.kv import KVStore
 from ollm.errors import OllmError, StoreContractError
-from ollm.storage.tensors import LayerLayout
-from ollm.testing.blocks import assert_reads, assert_same, read_extent, read_raw
+from ollm.testing.blocks import assert_equal, assert_reads, read_extent, read_raw, scaled, write_blocks
 from ollm.testing.case import StoreCase
 
 _DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
@@ -29,168 +30,156 @@ class ContractTests(StoreCase):
         """Every dtype, different sizes of keys and values, one row and several."""
         geometry: dict[str, Any] = {"rows": rows, "heads": heads, "key_size": key_size, "value_size": value_size}
         blocks = [self.block(store, tokens, seed=tokens, dtype=dtype, **geometry) for tokens in (1, 7, 64)]
-        for keys, values in blocks:
-            store.append(0, keys, values)
-        self.holds(store, 0, blocks)
+        self.holds(store, write_blocks(store, blocks), blocks)
 
     def test_every_bit_pattern(self, store: KVStore) -> None:
         """Infinities, NaNs and negative zeros included: all come back, or are refused and change nothing."""
         pieces = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(torch.bfloat16).reshape(1, 1, -1, 1024)
-        before = self.block(store, 2, rows=1, heads=1, key_size=1024, value_size=1024, dtype=torch.bfloat16)
-        store.append(0, *before)
-        kept = [before]
+        kept = self.blocks(store, 1, 2, rows=1, heads=1, key_size=1024, value_size=1024, dtype=torch.bfloat16)
+        extents = write_blocks(store, kept)
         for index in range(pieces.shape[2]):
-            keys = pieces[:, :, index : index + 1]
+            piece = pieces[:, :, index : index + 1]
+            block = KVBlock(piece, piece.flip(3))
             try:
-                store.append(0, keys, keys.flip(3))
+                extents += write_blocks(store, [block], start=extents[-1].stop)
             except OllmError:
                 assert self.tolerance, "a lossless store takes every number"
                 continue
-            kept.append((keys, keys.flip(3)))
-        if self.tolerance:
-            kept = kept[: 1 + next((i for i, (keys, _) in enumerate(kept[1:]) if not keys.isfinite().all()), len(kept))]
-            assert len(store.extents(0)) == len(kept), "what is not finite was neither refused nor kept"
-        self.holds(store, 0, kept)
+            kept.append(block)
+            if self.tolerance:
+                assert piece.isfinite().all(), "what is not finite was neither refused nor kept"
+        self.holds(store, extents, kept)
 
-    def test_layers_are_apart_and_may_differ(self, store: KVStore) -> None:
-        """Numbers of forks are far above those of the model's layers."""
+    def test_layers_and_branches_are_apart_and_may_differ(self, store: KVStore) -> None:
+        """Forks write other tokens to the same positions of the same layer; layers have shapes of their own."""
         blocks = {
-            layer: self.block(store, 5, heads=layer % 5 + 1, key_size=4 * (layer % 7 + 1), seed=layer)
+            (layer, branch): self.block(
+                store, 5, heads=layer % 5 + 1, key_size=4 * (layer % 7 + 1), seed=layer + branch
+            )
             for layer in (0, 1, 99)
+            for branch in (0, 1, 2)
         }
-        for layer, (keys, values) in blocks.items():
-            store.append(layer, keys, values)
-        for layer, block in blocks.items():
-            self.holds(store, layer, [block])
-        store.truncate(1, 0)
-        assert tuple(store.extents(1)) == ()
-        self.holds(store, 99, [blocks[99]])
-        assert tuple(store.extents(7)) == (), "extents of a layer that was never appended to"
+        extents = {
+            place: write_blocks(store, [block], layer=place[0], branch=place[1])[0] for place, block in blocks.items()
+        }
+        self.holds(store, [*extents.values()], [*blocks.values()])
+        store.free([extents.pop((1, 0)).location, extents.pop((0, 1)).location, extents.pop((99, 2)).location])
+        self.holds(store, [*extents.values()], [blocks[place] for place in extents])
 
     def test_a_layer_that_was_emptied_takes_other_shapes(self, store: KVStore) -> None:
-        store.append(0, *self.block(store, 5))
-        store.truncate(0, 0)
+        store.free([extent.location for extent in write_blocks(store, self.blocks(store, 2, 5))])
         other = self.block(store, 3, rows=1, heads=2, key_size=16, value_size=4, dtype=torch.float16)
-        store.append(0, *other)
-        self.holds(store, 0, [other])
+        self.holds(store, write_blocks(store, [other]), [other])
 
     def test_the_callers_tensors_are_copied(self, store: KVStore) -> None:
         """Contiguous ones too, which are the easiest to keep by mistake."""
-        keys, values = (tensor.contiguous() for tensor in self.block(store, 4))
-        before = keys.clone(), values.clone()
-        store.append(0, keys, values)
-        keys.zero_()
-        values.zero_()
-        self.holds(store, 0, [before])
+        block = self.block(store, 4)
+        given = KVBlock(block.keys.contiguous(), block.values.contiguous())
+        before = KVBlock(block.keys.clone(), block.values.clone())
+        extents = write_blocks(store, [given])
+        given.keys.zero_()
+        given.values.zero_()
+        self.holds(store, extents, [before])
 
-    def test_truncate_at_every_border(self, store: KVStore) -> None:
-        blocks = [self.block(store, 3, seed=seed) for seed in range(5)]
-        for keep in range(len(blocks), -1, -1):
-            for block in blocks[len(store.extents(0)) :]:
-                store.append(0, *block)
-            store.truncate(0, sum(keys.shape[2] for keys, _ in blocks[:keep]))
-            self.holds(store, 0, blocks[:keep])
+    def test_positions_are_written_again_after_others_were_dropped(self, store: KVStore) -> None:
+        """At every border: the last blocks are freed, and others come in their place."""
+        extents, blocks = write_blocks(store, self.blocks(store, 5, 3)), self.blocks(store, 5, 3)
+        for keep in range(len(blocks) - 1, -1, -1):
+            store.free([extent.location for extent in extents[keep:]])
+            new = self.blocks(store, len(blocks) - keep, 3, seed=10 + keep)
+            extents[keep:] = write_blocks(store, new, start=extents[keep].start)
+            blocks[keep:] = new
+            self.holds(store, extents, blocks)
 
-    def test_extents_are_snapshots(self, store: KVStore) -> None:
-        """A sequence that was handed out stays as it is."""
-        store.append(0, *self.block(store, 4))
-        before = store.extents(0)
-        listed = list(before)
-        store.append(0, *self.block(store, 4))
-        store.truncate(0, 0)
-        assert list(before) == listed
+    def test_dropped_bytes_stay_until_they_are_freed(self, store: KVStore) -> None:
+        """A reader may still hold what was dropped, while other tokens are written under the same key."""
+        first, second = self.blocks(store, 2, 4)
+        (old,), (new,) = write_blocks(store, [first]), write_blocks(store, [second])
+        assert old.location != new.location, "a reader of the old one would be given the new one"
+        self.holds(store, [old, new], [first, second])
+        store.free([old.location])
+        self.holds(store, [new], [second])
 
-    def test_dropped_bytes_stay_until_they_are_released(self, store: KVStore) -> None:
-        """A reader may still hold what was dropped, while others take its place."""
-        first, second = self.block(store, 4, seed=1), self.block(store, 4, seed=2)
-        store.append(0, *first)
-        dropped = store.extents(0)
-        store.truncate(0, 0)
-        store.append(0, *second)
-        assert store.extents(0)[0] != dropped[0], "a reader of the old one would be given the new one"
-        assert_reads(store, dropped[0], first, self.tolerance)
-        store.release(dropped)
-        self.holds(store, 0, [second])
+    def test_what_is_kept_stays_while_others_come_and_go(self, store: KVStore) -> None:
+        """Whatever is freed, of whatever size, what takes its place leaves the neighbours alone."""
+        blocks = [self.block(store, tokens, seed=tokens) for tokens in range(1, 10)]
+        extents = write_blocks(store, blocks)
+        for freed in (slice(1, None, 2), slice(0, None, 3), slice(2, 5)):
+            store.free([extent.location for extent in extents[freed]])
+            places = [(extent.start, extent.key.tokens) for extent in extents[freed]]
+            del extents[freed], blocks[freed]
+            for start, tokens in places:
+                new = self.block(store, tokens, seed=start + tokens)
+                extents += write_blocks(store, [new], start=start)
+                blocks.append(new)
+                self.holds(store, extents, blocks)
+
+    def test_all_tokens_are_decoded_though_fewer_are_visible(self, store: KVStore) -> None:
+        """A crop inside an extent changes `visible` and no byte; core shows what is left."""
+        block = self.block(store, 7)
+        (extent,) = write_blocks(store, [block])
+        for visible in range(extent.key.tokens + 1):
+            assert_reads(store, attrs.evolve(extent, visible=visible), block, self.tolerance, f", {visible} visible")
 
     def test_space_comes_back(self, store: KVStore) -> None:
-        """What was released is used again: twenty times as much takes no more than twice the room."""
+        """What was freed is used again: twenty times as much takes no more than twice the room."""
 
         def size() -> int:
             stats = store.stats()
             return stats.disk_bytes + stats.memory_bytes
 
-        def add_and_drop() -> None:
-            store.append(0, *self.block(store, 64))
-            dropped = store.extents(0)[1:]
-            store.truncate(0, first.shape[2])
-            store.release(dropped)
-
-        first, values = self.block(store, 4)
-        store.append(0, first, values)
+        first, large = self.block(store, 4), self.block(store, 64)
+        (kept,) = write_blocks(store, [first])
         assert size() > 0, "stats() must tell of bytes on disk or in memory"
-        store.append(0, *self.block(store, 64))
-        dropped, most = store.extents(0)[1:], size()
-        store.truncate(0, first.shape[2])
-        store.release(dropped)
-        for _ in range(20):
-            add_and_drop()
+        most = 0
+        for _ in range(21):
+            (extent,) = write_blocks(store, [large], start=kept.stop)
+            most = most or size()
+            store.free([extent.location])
         assert size() <= 2 * most
+        self.holds(store, [kept], [first])
 
     def test_keys_and_values_that_do_not_belong_together_are_refused(self, store: KVStore) -> None:
-        """`LayerLayout.of` checks it; all or nothing."""
-        keys, values = self.block(store, 4)
+        """`KVBlock.layout` checks it; all or nothing."""
+        block = self.block(store, 4)
+        keys, values, key = block.keys, block.values, BlockKey(0, 0, 0, block.keys.shape[2], 2)
         for wrong in ((keys, values[:, :, :1]), (keys, values.half()), (keys[0], values[0])):
             with pytest.raises(StoreContractError, match="do not belong together"):
-                store.append(0, *wrong)
-        assert tuple(store.extents(0)) == ()
+                store.write(KVBlock(*wrong), key)
+        self.holds(store, write_blocks(store, [block]), [block])
 
     def test_decode_writes_where_it_is_told_or_gives_a_view(self, store: KVStore) -> None:
         """With `out` the result is the same as without, whatever was in it; the block that holds it is returned."""
-        keys, values = self.block(store, 7, dtype=torch.bfloat16)
-        store.append(0, keys, values)
-        extent = store.extents(0)[0]
+        block = self.block(store, 7, dtype=torch.bfloat16)
+        (extent,) = write_blocks(store, [block])
         plain = read_extent(store, extent)
-        layout = LayerLayout.of(keys, values)
-        out = KVBlock(
-            torch.full(keys.shape, float("nan"), dtype=layout.dtype),
-            torch.full(values.shape, float("nan"), dtype=layout.dtype),
-        )
-        block = store.decode(extent, read_raw(store, extent), out)
-        for ours, scale, theirs in zip(
-            (block.keys, block.values), (block.key_scale, block.value_scale), plain, strict=True
-        ):
-            assert_same(ours if scale == 1.0 else ours * scale, theirs, 0.0, "decode() with and without `out`")
+        out = KVBlock(torch.full_like(block.keys, float("nan")), torch.full_like(block.values, float("nan")))
+        decoded = scaled(store.decode(extent, read_raw(store, extent), out))
+        assert_equal(decoded, plain, 0.0, "decode() with and without `out`: {}")
 
     def test_reading_twice_gives_the_same(self, store: KVStore) -> None:
         """And does not change what is kept, whatever a reader does to its bytes."""
         block = self.block(store, 6)
-        store.append(0, *block)
+        (extent,) = write_blocks(store, [block])
         if store.storage is None and not store.in_memory:
-            read_raw(store, store.extents(0)[0]).zero_()
-        self.holds(store, 0, [block])
-        self.holds(store, 0, [block])
+            read_raw(store, extent).zero_()
+        self.holds(store, [extent], [block])
+        self.holds(store, [extent], [block])
 
     def test_several_threads_read_at_once(self, store: KVStore) -> None:
         """As ollm's I/O workers do, while another layer grows."""
-        blocks = [self.block(store, 4, seed=seed, heads=4, key_size=128, value_size=128) for seed in range(4)]
-        for block in blocks:
-            store.append(0, *block)
-        extents = [*store.extents(0)] * 40
+        blocks = self.blocks(store, 4, 4, heads=4, key_size=128, value_size=128)
+        extents = write_blocks(store, blocks) * 40
         with ThreadPoolExecutor(8) as threads:
             reads = [threads.submit(read_raw, store, extent) for extent in extents]
-            for seed in range(4):
-                store.append(1, *self.block(store, 4, seed=seed))
+            write_blocks(store, self.blocks(store, 4, 4), layer=1)
         for read, extent, block in zip(reads, extents, blocks * 40, strict=True):
-            decoded = store.decode(extent, read.result(), None)
-            for name, mine, scale, theirs in zip(
-                ("keys", "values"), (decoded.keys, decoded.values), (decoded.key_scale, decoded.value_scale), block,
-                strict=True,
-            ):  # fmt: skip
-                assert_same(mine if scale == 1.0 else mine * scale, theirs, self.tolerance, f"{name} of {extent}")
+            decoded = scaled(store.decode(extent, read.result(), None))
+            assert_equal(decoded, block, self.tolerance, f"{{}} of {extent}")
 
     def test_counters(self, store: KVStore) -> None:
         assert store.stats().representation
-        store.append(0, *self.block(store, 5))
+        write_blocks(store, self.blocks(store, 1, 5))
         stats = store.stats()
         for name in ("disk_bytes", "memory_bytes", "bytes_written", "bytes_read", "compactions"):
             value = getattr(stats, name)
@@ -202,6 +191,6 @@ class ContractTests(StoreCase):
         assert store.sinks >= 0
 
     def test_close_twice(self, store: KVStore) -> None:
-        store.append(0, *self.block(store, 4))
+        write_blocks(store, self.blocks(store, 1, 4))
         store.close()
         store.close()

@@ -15,14 +15,17 @@ from pathlib import Path
 
 import pytest
 
+from ollm.contracts.blocks import Extent, KVBlock
 from ollm.contracts.kv import KVStore
 from ollm.errors import OllmError
-from ollm.testing.blocks import Pair, assert_same, read_extent
-from ollm.testing.case import StoreCase, files_of, settle
+from ollm.testing.blocks import assert_equal, read_extent, write_blocks
+from ollm.testing.case import StoreCase, bytes_of, depth, files_of, settle
 
 _BLOCK = 4096
-_PLACES = 48
-"""About how many bytes of each file are damaged, one at a time, beside its first ones."""
+_PLACES = 12
+"""About how many places of each file are damaged, one at a time; see `depth`."""
+_SHIFTS = 48
+"""How many distances: a record's among them."""
 
 
 class FilesTests(StoreCase):
@@ -37,18 +40,17 @@ class FilesTests(StoreCase):
             pytest.skip("this store has no files")
         yield store, files
 
-    def test_what_is_appended_is_on_the_disk(self, filled: tuple[KVStore, list[Path]]) -> None:
+    def test_what_is_written_is_on_the_disk(self, filled: tuple[KVStore, list[Path]]) -> None:
         """Random numbers hardly shrink: a store that writes less than a fifth of them keeps them somewhere else."""
         store, files = filled
-        before = _sizes(files)
-        payload = 0
-        for seed in range(8):
-            keys, values = self.block(store, 64, seed=seed, heads=3, key_size=64, value_size=64)
-            store.append(5, keys, values)
-            payload += keys.nbytes + values.nbytes
+        cache_dir = files[0].parents[2]
+        before = bytes_of(cache_dir)
+        blocks = self.blocks(store, 8, 64, heads=3, key_size=64, value_size=64)
+        payload = sum(block.keys.nbytes + block.values.nbytes for block in blocks)
+        write_blocks(store, blocks, layer=5)
         settle(store)
-        grown = _sizes(files_of(files[0].parents[2])) - before
-        assert grown >= payload / 5, f"{payload} bytes were appended and the files grew by {grown}"
+        grown = bytes_of(cache_dir) - before
+        assert grown >= payload / 5, f"{payload} bytes were written and the files grew by {grown}"
         assert store.stats().disk_bytes >= payload / 5, "stats().disk_bytes"
 
     def test_files_are_private(self, filled: tuple[KVStore, list[Path]]) -> None:
@@ -69,7 +71,7 @@ class FilesTests(StoreCase):
         finally:
             os.umask(before)
         open_to_others = {path.name: oct(mode) for path, mode in modes.items() if mode & 0o077}
-        assert not open_to_others, "others may read or write it; new_file() of the folder makes private files"
+        assert not open_to_others, "others may read or write it; open_file() of the folder makes private files"
 
     def test_no_file_holds_a_path(self, filled: tuple[KVStore, list[Path]]) -> None:
         """Names are derived, never read: who changes a file must not choose which file is read next."""
@@ -89,7 +91,7 @@ class FilesTests(StoreCase):
 
     def test_a_file_that_is_cut_gives_right_data_or_a_typed_error(self, tmp_path: Path) -> None:
         """A short read is no read."""
-        self._damage(tmp_path, lambda content, place: content[:place], lambda size: range(0, size, max(size // 24, 1)))
+        self._damage(tmp_path, lambda content, place: content[:place], lambda size: _spread(0, size, _PLACES))
 
     def test_blocks_in_the_wrong_place_give_right_data_or_a_typed_error(self, tmp_path: Path) -> None:
         """What lies where something else was asked for is intact in itself: compare it with what was asked for."""
@@ -98,7 +100,7 @@ class FilesTests(StoreCase):
             shift = number * _BLOCK
             return content[shift:] + content[:shift]
 
-        self._damage(tmp_path, misplace, lambda size: range(1, min(-(-size // _BLOCK), _PLACES)))
+        self._damage(tmp_path, misplace, lambda size: range(1, min(-(-size // _BLOCK), depth(_SHIFTS))))
 
     def test_a_file_that_is_empty_gives_right_data_or_a_typed_error(self, tmp_path: Path) -> None:
         """As after a crash of the machine, which leaves zeros."""
@@ -114,7 +116,7 @@ class FilesTests(StoreCase):
             pytest.skip("this store has no files")
         caught = 0
         for number, place in todo:
-            with self._filled_again(tmp_path) as (store, blocks, files):
+            with self._filled_again(tmp_path) as (store, table, files):
                 path = files[number]
                 content = path.read_bytes()
                 changed = change(content, place)
@@ -122,29 +124,29 @@ class FilesTests(StoreCase):
                     file.write(changed)
                     file.truncate(len(changed))
                 what = f"{path.name} of {len(content)} bytes, changed at {place}"
-                caught += sum([self._reads_right_or_raises(store, layer, block, what) for layer, block in blocks])
+                caught += self._reads_right_or_raises(store, table, what)
         assert caught, (
             "no change was ever noticed: are these the files that the store reads? If it has a cache of its own, open "
             "it with a small one"
         )
 
     @contextmanager
-    def _filled_again(self, tmp_path: Path) -> Iterator[tuple[KVStore, list[tuple[int, list[Pair]]], list[Path]]]:
+    def _filled_again(self, tmp_path: Path) -> Iterator[tuple[KVStore, dict[Extent, KVBlock], list[Path]]]:
         folder = tmp_path / "again"
         store = self.new(folder)
         try:
-            blocks = _fill(self, store)
-            yield store, blocks, files_of(folder)
+            table = _fill(self, store)
+            yield store, table, files_of(folder)
         finally:
             with suppress(OllmError):  # it may say that its files are not what they were
                 store.close()
             shutil.rmtree(folder, ignore_errors=True)
 
-    def _reads_right_or_raises(self, store: KVStore, layer: int, blocks: list[Pair], what: str) -> int:
-        """Read all extents of a layer; how many errors came."""
+    def _reads_right_or_raises(self, store: KVStore, table: dict[Extent, KVBlock], what: str) -> int:
+        """Read all extents; how many errors came."""
         __tracebackhide__ = True
         errors = 0
-        for extent, block in zip(store.extents(layer), blocks, strict=True):
+        for extent, block in table.items():
             try:
                 ours = read_extent(store, extent)
             except OllmError:
@@ -155,30 +157,25 @@ class FilesTests(StoreCase):
                     f"{what}: {type(error).__name__} ({error}) while reading {extent}; raise CorruptDataError or "
                     "StorageError from ollm.plugin"
                 ) from error
-            for name, mine, theirs in zip(("keys", "values"), ours, block, strict=True):
-                assert_same(mine, theirs, self.tolerance, f"{what}: other {name} of {extent}, and no error")
+            assert_equal(ours, block, self.tolerance, f"{what}: other {{}} of {extent}, and no error")
         return errors
 
 
-def _fill(case: StoreCase, store: KVStore) -> list[tuple[int, list[Pair]]]:
-    """Three extents in two layers, equally large, so that one could be taken for another; what was appended."""
-    sizes = {"heads": 4, "key_size": 128, "value_size": 128}
-    blocks = [
-        (layer, [case.block(store, 16, seed=10 * layer + seed, **sizes) for seed in range(2 - layer)])
-        for layer in (0, 1)
-    ]
-    for layer, pairs in blocks:
-        for keys, values in pairs:
-            store.append(layer, keys, values)
+def _fill(case: StoreCase, store: KVStore) -> dict[Extent, KVBlock]:
+    """Three extents in two layers, equally large, so that one could be taken for another; what was written."""
+    table: dict[Extent, KVBlock] = {}
+    for layer in (0, 1):
+        blocks = case.blocks(store, 2 - layer, 16, seed=layer, heads=4, key_size=128, value_size=128)
+        table |= zip(write_blocks(store, blocks, layer=layer), blocks, strict=True)
     settle(store)
-    return blocks
-
-
-def _sizes(files: list[Path]) -> int:
-    return sum(path.stat().st_size for path in files)
+    return table
 
 
 def _places(size: int) -> list[int]:
-    """Some places of a file, the same every time."""
-    step = max(size // _PLACES, 1) | 1  # odd, so that all places within a block come up
-    return sorted({*range(0, min(size, 64), 3), *range(0, size, step), size - 1} if size else ())
+    """Some places of a file: at its beginning, everywhere, and the last byte."""
+    return sorted({*_spread(0, min(size, 64), _PLACES // 2), *_spread(0, size, _PLACES), size - 1} if size else ())
+
+
+def _spread(start: int, stop: int, count: int) -> range:
+    """About so many numbers, the same every time, see `depth`; odd steps, so that all places within a block come up."""
+    return range(start, stop, max((stop - start) // depth(count), 1) | 1)

@@ -12,29 +12,41 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
+import attrs
 import pytest
 import torch
 from torch import Tensor
 
+from ollm.contracts.blocks import Extent, KVBlock
 from ollm.contracts.spill import SpillPlan
 from ollm.errors import OllmError
 from ollm.io import shim
 from ollm.kv.history import LayerHistory
 from ollm.kv.session import KVSession
-from ollm.testing.blocks import assert_same, random_block
-from ollm.testing.case import StoreCase, assert_nothing_left, files_of, settle
+from ollm.storage.segments import SegmentedStorage
+from ollm.testing.blocks import assert_same, random_block, write_blocks
+from ollm.testing.case import StoreCase, assert_nothing_left, commit, depth, files_of, settle
 from ollm.testing.faults import FAULTS, FaultyDisk
 from ollm.testing.processes import watchdog
 
 _STEPS = [("append", 7), ("append", 2), ("append", 9), ("crop", 14), ("append", 6), ("rows", 2), ("crop", 3)]
 _WINDOW_STEPS = [("append", 7), ("append", 2), ("append", 9), ("append", 6), ("rows", 2), ("append", 30)]
-_PLACES = 40
-"""Operations of a life that fail, one at a time, for each kind of fault."""
-_SIZES = 12
+_PLACES = 8
+"""About how many operations of a life fail, one at a time, for each kind of fault; see `depth`."""
 _RAISED = (OllmError, KeyboardInterrupt, MemoryError)
 
 Trouble = Callable[[], AbstractContextManager[None]]
 """Makes the disk go wrong for the length of a `with` block."""
+
+
+@attrs.define
+class _Progress:
+    """How far a life came whose table is committed now and then."""
+
+    committed: dict[Extent, KVBlock] = attrs.field(factory=dict)
+    """What was reported as kept for later."""
+    attempted: dict[Extent, KVBlock] = attrs.field(factory=dict)
+    """What may have been kept, if an error came just then."""
 
 
 class FaultsTests(StoreCase):
@@ -46,21 +58,20 @@ class FaultsTests(StoreCase):
         sound = FaultyDisk()
         self._survives(lambda: _with_disk(sound), "no fault")
         operations = len(sound.operations)
-        for at in range(0, operations, max(operations // _PLACES, 1)):
+        for at in _some(operations):
             disk = FaultyDisk(FAULTS[fault], at)
             self._survives(functools.partial(_with_disk, disk), f"{fault} at operation {at} of {operations}")
 
     def test_files_that_may_not_grow_are_survived(self, tmp_path: Path) -> None:
         """The system itself refuses every write beyond so many bytes: for stores that write files of their own."""
         store = self.new(tmp_path)
-        for seed in range(4):
-            store.append(0, *self.block(store, 8, seed=seed))
+        write_blocks(store, self.blocks(store, 4, 8))
         settle(store)
         largest = max((path.stat().st_size for path in files_of(tmp_path)), default=0)
         store.close()
         if not largest:
             pytest.skip("this store has no files")
-        for limit in range(0, largest, max(largest // _SIZES, 1)):
+        for limit in _some(largest):
             self._survives(functools.partial(_file_size, limit), f"no file may have more than {limit} bytes")
 
     @pytest.mark.parametrize("fault", ["no room", "input/output error"])
@@ -84,6 +95,68 @@ class FaultsTests(StoreCase):
                 ) from error
         self.new(tmp_path).close()  # tidies up what could not be removed
         assert_nothing_left(tmp_path, "by stores that could not be made, after one that could")
+
+    @pytest.mark.parametrize("fault", FAULTS)
+    def test_any_fault_loses_nothing_that_was_committed(self, fault: str, kept: Path) -> None:
+        """One operation after the other goes wrong while a store writes, commits, is closed and opened again; the one
+        after that finds the last table that was reported as committed, or the one that just was to be."""
+        sound = FaultyDisk()
+        with tempfile.TemporaryDirectory() as folder, _with_disk(sound):
+            self._commits(Path(folder), _Progress())
+        operations = len(sound.operations)
+        for at in _some(operations):
+            what = f"{fault} at operation {at} of {operations}"
+            with tempfile.TemporaryDirectory() as folder, watchdog():
+                progress = _Progress()
+                try:
+                    with _with_disk(FaultyDisk(FAULTS[fault], at)):
+                        self._commits(Path(folder), progress)
+                except _RAISED:
+                    pass
+                except Exception as error:
+                    raise AssertionError(
+                        f"{what}: {type(error).__name__} ({error}); raise StorageError or another error of ollm.plugin"
+                    ) from error
+                self._finds(Path(folder), progress, what)
+
+    def _commits(self, folder: Path, progress: _Progress) -> None:
+        """Two lives, with two commits each."""
+        for life in (1, 2):
+            store = self.new(folder, keep=True)
+            try:
+                over_storage, table = isinstance(store.storage, SegmentedStorage), dict(progress.committed)
+                store.adopt([*table])
+                for seed in (10 * life, 10 * life + 1):
+                    blocks = self.blocks(store, 3, 5, seed=seed)
+                    extents = write_blocks(store, blocks, start=max((extent.stop for extent in table), default=0))
+                    store.free([extents[-1].location])
+                    table |= zip(extents[:-1], blocks, strict=False)
+                    progress.attempted = dict(table)
+                    settle(store)
+                    commit(store, [*table], durable=True)
+                    if over_storage:
+                        progress.committed = dict(table)
+            finally:
+                store.close()
+            progress.committed = dict(table)
+
+    def _finds(self, folder: Path, progress: _Progress, what: str) -> None:
+        __tracebackhide__ = True
+        try:
+            store = self.new(folder, keep=True)
+        except OllmError as error:
+            assert not progress.committed, f"{what}: what was committed cannot be opened: {error}"
+            return
+        table = progress.committed
+        if isinstance(store.storage, SegmentedStorage):
+            found = [*store.storage.committed]
+            table = next(
+                (table for table in (progress.committed, progress.attempted) if [*table] == found), progress.committed
+            )
+            assert [*table] == found, f"{what}: other extents than were committed"
+        store.adopt([*table])
+        self.holds(store, [*table], [*table.values()])
+        store.close()
 
     def _survives(self, trouble: Trouble, what: str) -> None:
         """Every step first while there is trouble, then, if that failed, again without."""
@@ -142,7 +215,8 @@ def _take(layer: LayerHistory, step: str, argument: int, seed: int) -> None:
 
 
 def _tokens(count: int, rows: int, seed: int = 0) -> tuple[Tensor, Tensor]:
-    return random_block(count, rows=rows, heads=2, key_size=4, value_size=3, seed=seed)
+    block = random_block(count, rows=rows, heads=2, key_size=4, value_size=3, seed=seed)
+    return block.keys, block.values
 
 
 def _content(layer: LayerHistory) -> dict[int, tuple[Tensor, Tensor]]:
@@ -150,8 +224,9 @@ def _content(layer: LayerHistory) -> dict[int, tuple[Tensor, Tensor]]:
     if not layer.tokens:
         return {}
     found: dict[int, tuple[Tensor, Tensor]] = {}
-    handle: Any = layer.handle(*_tokens(1, layer.rows))
-    for block in handle.blocks():
+    keys, values = _tokens(1, layer.rows)
+    handle: Any = layer.handle(keys, values)
+    for block in handle.blocks(keys):
         keys, values = block.keys * block.key_scale, block.values * block.value_scale
         if block.row_map is not None:
             keys, values = keys[block.row_map], values[block.row_map]
@@ -177,6 +252,11 @@ def _assert_content(layer: LayerHistory, expected: dict[int, tuple[Tensor, Tenso
     for position, pair in ours.items():
         for name, mine, theirs in zip(("keys", "values"), pair, expected[position], strict=True):
             assert_same(mine, theirs, 0.0, f"{what}: {name} of token {position}")
+
+
+def _some(count: int) -> range:
+    """About so many of `count` as `depth` says, the same every time."""
+    return range(0, count, max(count // depth(_PLACES), 1))
 
 
 @contextmanager

@@ -7,111 +7,112 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
-from typing import Any
 
+import attrs
 import hypothesis.strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 
-from ollm.contracts.kv import Extent
-from ollm.testing.blocks import Pair, assert_holds, assert_reads, random_block
-from ollm.testing.case import StoreCase, most_tokens
+from ollm.contracts.blocks import Extent, KVBlock
+from ollm.testing.blocks import assert_holds, random_block, write_blocks
+from ollm.testing.case import StoreCase, most_tokens, settle
 
-_LAYERS = (0, 1)
+_LAYERS = st.sampled_from((0, 1))
+_BRANCHES = st.sampled_from((0, 1))
+
+
+@attrs.frozen(eq=False)
+class _Kept:
+    """A row of the table that the machine keeps, and what must be there."""
+
+    extent: Extent
+    block: KVBlock
 
 
 class RandomOperationsTests(StoreCase):
-    """Any order of appends, truncations, evictions and releases."""
+    """Any order of what core does to a store: layers grow, are cropped anywhere, lose what left a window; forks come
+    and go; the process ends and another one goes on."""
 
-    def test_random_operations(self) -> None:
-        """What is listed is what was appended; what was dropped stays readable until it is released."""
-        run_state_machine_as_test(lambda: _StoreMachine(self))  # type: ignore[arg-type]
+    def test_random_operations(self, tmp_path: Path) -> None:
+        """What was written and not freed is given back, whatever else was done."""
+        goes_on = self.can_go_on(tmp_path)
+        run_state_machine_as_test(lambda: _StoreMachine(self, goes_on))  # type: ignore[arg-type]
 
 
 class _StoreMachine(RuleBasedStateMachine):
-    def __init__(self, case: StoreCase) -> None:
+    def __init__(self, case: StoreCase, goes_on: bool) -> None:
         super().__init__()
-        self.case = case
+        self.case, self.goes_on = case, goes_on
         self.folder = tempfile.TemporaryDirectory()
-        self.store = case.new(Path(self.folder.name))
-        self.model: dict[int, list[Pair]] = {layer: [] for layer in _LAYERS}
-        self.kept = dict.fromkeys(_LAYERS, 0)
-        """Extents at the front that were evicted."""
-        self.dropped: list[tuple[Extent, Pair]] = []
+        self.store = case.new(Path(self.folder.name), keep=goes_on)
+        if goes_on:
+            self.store.adopt(())
+        self.table: dict[tuple[int, int], list[_Kept]] = {}
+        self.dropped: list[_Kept] = []
         self.seed = 0
 
-    @rule(layer=st.sampled_from(_LAYERS), tokens=st.integers(1, 9))
-    def append(self, layer: int, tokens: int) -> None:
-        self.seed += 1
-        block = random_block(min(tokens, most_tokens(self.store)), value_size=6, seed=self.seed)
-        self.store.append(layer, *block)
-        self.model[layer].append(block)
+    @rule(layer=_LAYERS, branch=_BRANCHES, tokens=st.integers(1, 9), count=st.integers(1, 3))
+    def write(self, layer: int, branch: int, tokens: int, count: int) -> None:
+        rows = self._rows(layer, branch)
+        start = rows[-1].extent.stop if rows else 0
+        blocks = []
+        for _ in range(count):
+            self.seed += 1
+            blocks.append(random_block(min(tokens, most_tokens(self.store)), value_size=6, seed=self.seed))
+        extents = write_blocks(self.store, blocks, layer=layer, branch=branch, start=start)
+        rows += map(_Kept, extents, blocks)
 
-    @rule(layer=st.sampled_from(_LAYERS), keep=st.integers(0, 5))
-    def truncate(self, layer: int, keep: int) -> None:
-        """Drop all but the first extents; a reader still holds those that are dropped."""
-        if self.kept[layer]:  # core empties a layer that has evicted, or leaves it
-            keep = 0
-        dropped = self._listed(layer)[keep:]
-        del self.model[layer][keep:]
-        self.store.truncate(layer, sum(keys.shape[2] for keys, _ in self.model[layer]))
-        self.kept[layer] = 0
-        self.dropped += dropped
+    @rule(layer=_LAYERS, branch=_BRANCHES, tokens=st.integers(0, 30))
+    def crop(self, layer: int, branch: int, tokens: int) -> None:
+        """Keep the first tokens, wherever that cuts; a reader still holds what is dropped."""
+        rows = self._rows(layer, branch)
+        keep = sum(kept.extent.start < tokens for kept in rows)
+        self.dropped += rows[keep:]
+        del rows[keep:]
+        if rows and rows[-1].extent.stop > tokens:
+            last = rows[-1]
+            cut = attrs.evolve(last.extent, visible=tokens - last.extent.start)
+            rows[-1] = attrs.evolve(last, extent=cut)
 
-    @precondition(lambda self: self.store.trims)
-    @rule(layer=st.sampled_from(_LAYERS), tokens=st.integers(0, 20))
-    def trim(self, layer: int, tokens: int) -> None:
-        """Keep some tokens, wherever that cuts."""
-        listed, blocks = self._listed(layer), self.model[layer]
-        if self.kept[layer] or sum(keys.shape[2] for keys, _ in blocks) <= tokens:
-            return
-        kept = [block for extent, block in listed if extent.stop <= tokens]
-        self.dropped += listed[len(kept) :]
-        if listed[len(kept)][0].start < tokens:
-            keys, values = blocks[len(kept)]
-            inside = tokens - listed[len(kept)][0].start
-            kept.append((keys[:, :, :inside], values[:, :, :inside]))
-        self.store.truncate(layer, tokens)
-        self.model[layer] = kept
-
-    @precondition(lambda self: self.store.window is not None)
-    @rule(layer=st.sampled_from(_LAYERS), count=st.integers(1, 3))
-    def evict(self, layer: int, count: int) -> None:
-        """The oldest extents leave the window, never the newest one."""
-        gone = self._listed(layer)[:-1][:count]
-        if not gone:
-            return
-        self.store.evict(layer, [extent for extent, _ in gone])
-        self.kept[layer] += len(gone)
+    @rule(layer=_LAYERS, branch=_BRANCHES, count=st.integers(1, 3))
+    def evict(self, layer: int, branch: int, count: int) -> None:
+        """The oldest leave the window, never the newest one."""
+        rows = self._rows(layer, branch)
+        gone = rows[:-1][:count]
         self.dropped += gone
+        del rows[: len(gone)]
+
+    @rule(branch=_BRANCHES)
+    def forget_branch(self, branch: int) -> None:
+        """A fork was closed."""
+        for place, rows in self.table.items():
+            if place[1] == branch:
+                self.dropped += rows
+                rows.clear()
 
     @precondition(lambda self: self.dropped)
     @rule()
-    def release(self) -> None:
-        self.store.release([extent for extent, _ in self.dropped])
+    def free(self) -> None:
+        self.store.free([kept.extent.location for kept in self.dropped])
+        self.dropped = []
+
+    @precondition(lambda self: self.goes_on)
+    @rule()
+    def reopen(self) -> None:
+        """Another process goes on with what is in the table; what was dropped is gone."""
+        settle(self.store)
+        self.store.close()
+        self.store = self.case.new(Path(self.folder.name), keep=True)
+        self.store.adopt([kept.extent for rows in self.table.values() for kept in rows])
         self.dropped = []
 
     @invariant()
     def same_as_the_model(self) -> None:
-        for layer in _LAYERS:
-            if not self.kept[layer]:
-                assert_holds(self.store, layer, self.model[layer], self.case.tolerance)
-            for extent, block in self._listed(layer)[: None if self.kept[layer] else 0]:
-                assert_reads(self.store, extent, block, self.case.tolerance)
-        for extent, block in self.dropped:
-            assert_reads(self.store, extent, block, self.case.tolerance)
+        kept = [*self.dropped, *(kept for rows in self.table.values() for kept in rows)]
+        assert_holds(self.store, [one.extent for one in kept], [one.block for one in kept], self.case.tolerance)
 
     def teardown(self) -> None:
         self.store.close()
         self.folder.cleanup()
 
-    def _listed(self, layer: int) -> list[tuple[Extent, Pair]]:
-        """The extents that the store lists, with what they must hold, once their positions are right."""
-        extents: Any = self.store.extents(layer)
-        blocks, start = self.model[layer], 0
-        expected = []
-        for keys, _ in blocks:
-            expected.append((start, keys.shape[2]))
-            start += keys.shape[2]
-        listed = [(extent.start, extent.tokens) for extent in extents]
-        assert listed == expected[self.kept[layer] :], f"layer {layer}: starts and tokens of the extents"
-        return list(zip(extents, blocks[self.kept[layer] :], strict=True))
+    def _rows(self, layer: int, branch: int) -> list[_Kept]:
+        return self.table.setdefault((layer, branch), [])

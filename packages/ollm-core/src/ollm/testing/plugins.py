@@ -18,7 +18,7 @@ from ollm.contracts.spill import SpillPolicy
 from ollm.contracts.strategy import BuildContext
 from ollm.registry import Kind, Offer, PluginReport, Status, registry
 from ollm.registry.kinds import RESERVED
-from ollm.testing.blocks import assert_holds, random_block
+from ollm.testing.blocks import assert_holds, random_block, write_blocks
 from ollm.testing.case import store_context
 from ollm.testing.wheels import check_wheel
 
@@ -130,9 +130,8 @@ class PluginTests:
                 assert (store.window is None) == facts.full_history, f"{name}: full_history"
                 assert folder.exists() == (facts.directory is not None), f"{name}: directory"
                 if facts.lossless:
-                    block = random_block(min(5, store.extent_tokens or 5))
-                    store.append(0, *block)
-                    assert_holds(store, 0, [block])
+                    blocks = [random_block(min(5, store.extent_tokens or 5))]
+                    assert_holds(store, write_blocks(store, blocks), blocks)
             finally:
                 store.close()
             registry().get(Kind.SPILL_POLICY, facts.spill_policy)

@@ -10,13 +10,13 @@ import pytest
 
 from ollm.contracts.kv import KVStore
 from ollm.io import shim
-from ollm.testing.blocks import assert_holds
-from ollm.testing.case import StoreCase, assert_nothing_left, settle
+from ollm.testing.blocks import write_blocks
+from ollm.testing.case import StoreCase, assert_nothing_left, depth, settle
 from ollm.testing.faults import FaultyDisk
 from ollm.testing.processes import in_child
 
-_KILLS = 12
-"""How many places of a life are met by kill -9."""
+_KILLS = 8
+"""About how many places of a life are met by kill -9; see `depth`."""
 
 
 class SessionsTests(StoreCase):
@@ -24,39 +24,38 @@ class SessionsTests(StoreCase):
 
     def test_two_sessions_do_not_disturb_each_other(self, tmp_path: Path) -> None:
         first, second = self.new(tmp_path), self.new(tmp_path)
-        ours = [self.block(first, 5, seed=seed) for seed in (1, 2)]
-        theirs = [self.block(first, 5, seed=seed) for seed in (3, 4)]
-        for mine, other in zip(ours, theirs, strict=True):
-            first.append(0, *mine)
-            second.append(0, *other)
+        ours, theirs = self.blocks(first, 2, 5, seed=1), self.blocks(first, 2, 5, seed=2)
+        mine, others = write_blocks(first, ours[:1]), write_blocks(second, theirs[:1])
+        mine += write_blocks(first, ours[1:], start=mine[0].stop)
+        others += write_blocks(second, theirs[1:], start=mine[0].stop)
         settle(first)
         settle(second)
-        self.holds(first, 0, ours)
-        self.holds(second, 0, theirs)
+        self.holds(first, mine, ours)
+        self.holds(second, others, theirs)
         second.close()
-        self.holds(first, 0, ours)
+        self.holds(first, mine, ours)
         third = self.new(tmp_path)  # which tidies up after the dead, and must not after the living
-        self.holds(first, 0, ours)
-        first.append(0, *theirs[0])
-        self.holds(first, 0, [*ours, theirs[0]])
+        self.holds(first, mine, ours)
+        mine += write_blocks(first, theirs[:1], start=mine[1].stop)
+        self.holds(first, mine, [*ours, theirs[0]])
         third.close()
         first.close()
         assert_nothing_left(tmp_path, "after every session was closed")
 
     def test_a_session_of_another_process_is_left_alone(self, tmp_path: Path) -> None:
         ours = self.new(tmp_path)
-        block = self.block(ours, 5)
-        ours.append(0, *block)
+        blocks = self.blocks(ours, 1, 5)
+        extents = write_blocks(ours, blocks)
         settle(ours)
 
         def other_session() -> None:
             store = self.new(tmp_path)
-            store.append(0, *self.block(store, 5, seed=9))
-            assert_holds(store, 0, [self.block(store, 5, seed=9)], self.tolerance)
+            theirs = self.blocks(store, 1, 5, seed=9)
+            self.holds(store, write_blocks(store, theirs), theirs)
             store.close()
 
         in_child(other_session)
-        self.holds(ours, 0, [block])
+        self.holds(ours, extents, blocks)
         ours.close()
         assert_nothing_left(tmp_path, "after every session was closed")
 
@@ -65,7 +64,7 @@ class SessionsTests(StoreCase):
         steps = FaultyDisk()
         _with_disk(steps, lambda: self._live(tmp_path))
         total = len(steps.operations)
-        for at in sorted({*range(0, total, max(total // _KILLS, 1)), total}):
+        for at in sorted({*range(0, total, max(total // depth(_KILLS), 1)), total}):
 
             def killed(at: int = at) -> None:
                 _with_disk(FaultyDisk(_kill, at), lambda: self._live(tmp_path, close=False))
@@ -80,7 +79,7 @@ class SessionsTests(StoreCase):
 
         def forgetful() -> None:
             store = self.new(tmp_path)
-            store.append(0, *self.block(store, 5))
+            write_blocks(store, self.blocks(store, 1, 5))
 
         in_child(forgetful)  # ends without any handler
         self._live(tmp_path)
@@ -89,7 +88,7 @@ class SessionsTests(StoreCase):
     def test_close_after_the_folder_was_removed(self, tmp_path: Path) -> None:
         """Somebody tidied up by hand."""
         store = self.new(tmp_path)
-        store.append(0, *self.block(store, 5))
+        write_blocks(store, self.blocks(store, 1, 5))
         settle(store)
         runs = [path for path in tmp_path.glob("*/*") if path.is_dir()]
         if not runs:
@@ -102,19 +101,16 @@ class SessionsTests(StoreCase):
         store.close()
 
     def _live(self, folder: Path, *, close: bool = True) -> None:
-        """A short life: append, read, truncate, append."""
+        """A short life: write, read, free, write in its place."""
         store: KVStore = self.new(folder)
-        blocks = [self.block(store, 5, seed=seed) for seed in (1, 2, 3)]
-        for block in blocks[:2]:
-            store.append(0, *block)
+        blocks = self.blocks(store, 3, 5)
+        extents = write_blocks(store, blocks[:2])
         settle(store)
-        self.holds(store, 0, blocks[:2])
-        dropped = store.extents(0)[1:]
-        store.truncate(0, blocks[0][0].shape[2])
-        store.release(dropped)
-        store.append(0, *blocks[2])
+        self.holds(store, extents, blocks[:2])
+        store.free([extents[1].location])
+        extents[1:] = write_blocks(store, blocks[2:], start=extents[0].stop)
         settle(store)
-        self.holds(store, 0, [blocks[0], blocks[2]])
+        self.holds(store, extents, [blocks[0], blocks[2]])
         if close:
             store.close()
 
