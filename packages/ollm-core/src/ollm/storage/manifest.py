@@ -79,6 +79,7 @@ class Manifest:
         Raises:
             CorruptDataError: for anything that this version would not have written.
         """
+        _expect(raw.isascii(), "not ASCII")
         try:
             content = strict_json.parse(raw, most_bytes=MAX_MANIFEST_BYTES)
         except ValueError as error:
