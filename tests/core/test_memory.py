@@ -203,15 +203,15 @@ def test_claims_from_many_threads_never_exceed_what_is_free(cgroup):
 
 def test_a_claim_may_be_released_while_another_one_is_made(monkeypatch):
     """As the garbage collector does, at any moment and in any thread."""
-    ledger, device = memory.MemoryLedger(), torch.device("cpu")
+    ledger, device = module.MemoryLedger(), torch.device("cpu")
     first = ledger.claim("first", GIB, device)
-    measure = memory.measure_memory
+    measure = module.measure_memory
 
     def collect(device):
         first.release()
         return measure(device)
 
-    monkeypatch.setattr(memory, "measure_memory", collect)
+    monkeypatch.setattr(module, "measure_memory", collect)
     with watchdog(10):
         second = ledger.claim("second", 2 * GIB, device)
     assert ledger._claims == [second]

@@ -15,12 +15,12 @@ import secrets
 import stat
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from ollm.contracts.storage import Folder
-from ollm.errors import CacheBusyError, CacheDirectoryError, OllmError, StorageError
+from ollm.errors import CacheBusyError, CacheDirectoryError, ConfigurationError, OllmError, StorageError
 from ollm.io import shim
 
 LOCK = "lock"
@@ -29,6 +29,7 @@ MANIFEST_TEMPORARY = "manifest.json.tmp"
 TAG = "CACHEDIR.TAG"
 _TAG_TEXT = b"Signature: 8a477f597d28d172789f06886806bc55\n# Keys and values of ollm, private to their owner.\n"
 _RUN = re.compile(r"run-[0-9a-f]{16}")
+_SEGMENT = re.compile(r"segment-\d{6}\.kv")
 _KNOWN_FILE = re.compile(r"lock|manifest\.json(\.tmp)?|segment-\d{6}\.kv|store-[A-Za-z0-9._-]+")
 _ROOT_LOCK_SECONDS = 30.0
 _OTHERS_MAY_WRITE = stat.S_IWGRP | stat.S_IWOTH
@@ -36,8 +37,17 @@ _OTHERS_MAY_WRITE = stat.S_IWGRP | stat.S_IWOTH
 logger = logging.getLogger(__name__)
 
 
+MOST_SEGMENTS = 10**6
+
+
 def segment_name(segment: int) -> str:
-    """The file of a segment. Names are derived from numbers here and nowhere else."""
+    """The file of a segment. Names are derived from numbers here and nowhere else.
+
+    Raises:
+        ConfigurationError: there is no such segment.
+    """
+    if not 0 <= segment < MOST_SEGMENTS:
+        raise ConfigurationError(f"segment={segment} is out of range: 0 … {MOST_SEGMENTS - 1}.")
     return f"segment-{segment:06d}.kv"
 
 
@@ -113,6 +123,17 @@ class CacheFolder(Folder):
                 return shim.disk.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | flags)
         _check_private(path, folder=False)
         return shim.disk.open(path, os.O_RDWR | flags)
+
+    def remove_segments(self, *, keep: Iterable[int]) -> None:
+        """Remove the files of all segments but these.
+
+        Raises:
+            OSError: as the system says.
+        """
+        kept = set(map(segment_name, keep))
+        for name in shim.disk.listdir(self.path):
+            if _SEGMENT.fullmatch(name) and name not in kept:
+                shim.disk.unlink(self.path / name)
 
     def read_manifest(self, most_bytes: int) -> bytes:
         """The manifest, or its beginning, if it is longer.

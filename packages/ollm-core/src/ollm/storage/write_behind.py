@@ -28,13 +28,24 @@ class _Write:
     buffer: Tensor
     nbytes: int
     action: Callable[[], None]
-    future: Future[None]
+    future: Future[None] = attrs.field(factory=Future)
     reported: bool = False
 
     @property
     def error(self) -> BaseException | None:
         """Why it failed; `None` if it did not, or is not done."""
         return self.future.exception() if self.future.done() and not self.future.cancelled() else None
+
+    def run(self) -> None:
+        """What a worker does."""
+        if not self.future.set_running_or_notify_cancel():
+            return
+        try:
+            self.action()
+        except BaseException as error:
+            self.future.set_exception(error)
+        else:
+            self.future.set_result(None)
 
 
 class WriteBehind:
@@ -71,7 +82,7 @@ class WriteBehind:
         return self._buffers.nbytes
 
     def buffer(self, nbytes: int) -> Tensor:
-        """A buffer of at least `nbytes`, for `submit` or `give_back`. Waits while all are in use.
+        """A buffer of at least `nbytes`, for `submit` or `give_up`. Waits while all are in use.
 
         Raises:
             StorageError: what the background failed with, if that keeps all buffers in use.
@@ -86,15 +97,19 @@ class WriteBehind:
             self._collect()
         return self._buffers.take(nbytes)
 
-    def give_back(self, buffer: Tensor) -> None:
-        """A buffer that will not be submitted."""
-        self._buffers.give_back(buffer)
+    def give_up(self, location: Location, buffer: Tensor) -> None:
+        """Take back a buffer for which `submit` was not called, or did not come to its end."""
+        if location in self._writes:
+            self.forget(location)
+        else:
+            self._buffers.give_back(buffer)
 
     def submit(self, location: Location, buffer: Tensor, nbytes: int, action: Callable[[], None]) -> None:
         """Let a worker run `action`, which writes the first `nbytes` of `buffer` to its location."""
-        write = _Write(buffer, nbytes, action, self._scheduler.submit(action))
-        with self._lock:
+        write = _Write(buffer, nbytes, action)
+        with self._lock:  # noted before a worker has it, so that no interrupt leaves one that nobody knows of
             self._writes[location] = write
+        self._scheduler.submit(write.run)
 
     def raise_failed(self) -> None:
         """Raise what the background failed with, the first time; later, try again.
