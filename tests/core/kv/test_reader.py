@@ -3,7 +3,20 @@
 from __future__ import annotations
 
 import errno
+import itertools
+import os
+import threading
 
+import pytest
+import torch
+
+from core.kv.engine_fixtures import ANY, EXTENT_BYTES, TOKENS, expected, extents_of, joined, make_session, tokens, walk
+from ollm.builtin.chunked import ChunkedStore
+from ollm.errors import CorruptDataError, StorageError
+from ollm.io import shim
+from ollm.io.buffers import ALIGNMENT
+from ollm.kv import route
+from ollm.storage.options import BUFFER_BYTES
 from ollm.testing.faults import FaultyDisk, fails
 
 pytestmark = pytest.mark.timeout(60)
