@@ -16,7 +16,6 @@ from ollm.plugin import (
     BlockKey,
     Extent,
     Folder,
-    KVBlock,
     KVBuildContext,
     KVFacts,
     SegmentedStore,
@@ -127,11 +126,12 @@ def test_a_store_on_disk_is_one_method(tmp_path):
     assert isinstance(store.storage, Storage)
     written = []
     for number in range(2):
-        block, key = KVBlock(*random_block(5, seed=number)), BlockKey(0, 0, 5 * number, 5, 2)
+        block, key = random_block(5, seed=number), BlockKey(0, 0, 5 * number, 5, 2)
         written.append((Extent.of(key, block.layout, store.write(block, key)), block))
     for extent, block in written:
         assert extent.location.segment == 3
-        assert all(map(torch.equal, read_extent(store, extent), (block.keys, block.values)))
+        found = read_extent(store, extent)
+        assert found.keys.equal(block.keys) and found.values.equal(block.values)
     store.close()
 
 
