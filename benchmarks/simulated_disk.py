@@ -20,8 +20,8 @@ from unittest import mock
 import torch
 
 from ollm import disk_cache
-from ollm.bench.contexts import decode_one, fill_by_pieces, random_keys_and_values
-from ollm.bench.kv.models import make_model, synthetic_geometry
+from ollm_bench.contexts import decode_one, fill_by_pieces, random_keys_and_values
+from ollm_bench.kv.models import make_model, synthetic_geometry
 from ollm.storage import segment, shim
 
 TOKENS, PIECE = 32768, 4096

@@ -44,7 +44,13 @@ def layer_types(config: Any) -> list[tuple[str, dict[str, Any]]]:
 
 
 def kv_geometry(config: Any, dtype: torch.dtype) -> KVGeometry:
-    """Expected shapes of the stored layers, for planning. What a model really appends decides."""
+    """Expected shapes of the layers whose keys and values go to a store: those with full attention. For planning: what
+    a model really appends decides.
+
+    Args:
+        config: transformers' config of a decoder, without parts for images or sound.
+        dtype: of keys and values.
+    """
     query_heads = getattr(config, "num_attention_heads", None) or 1  # models without attention have none
     heads = getattr(config, "num_key_value_heads", None) or query_heads
     key_size = getattr(config, "head_dim", None) or getattr(config, "hidden_size", 0) // query_heads
