@@ -20,9 +20,9 @@ from unittest import mock
 import torch
 
 from ollm import disk_cache
+from ollm.storage import segment, shim
 from ollm_bench.contexts import decode_one, fill_by_pieces, random_keys_and_values
 from ollm_bench.kv.models import make_model, synthetic_geometry
-from ollm.storage import segment, shim
 
 TOKENS, PIECE = 32768, 4096
 RATES = (1.8e9, 2.4e9, 3.2e9)

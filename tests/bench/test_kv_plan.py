@@ -45,7 +45,8 @@ def outcomes(*, static=0.4, dynamic=2.5, **cases):
 
 def verdicts(found, *, limited=False):
     last = judge(found, GEOMETRY, limited=limited)[-1]
-    return {(verdict.bar, verdict.what.split()[-1]): verdict for verdict in last.verdicts}, last
+    assert len({verdict.what for verdict in last.verdicts}) == len(last.verdicts)
+    return {verdict.what: verdict for verdict in last.verdicts}, last
 
 
 def test_baselines_come_first_and_every_strategy_has_three_residencies():
@@ -96,44 +97,60 @@ def test_nothing_resident_is_compared_with_the_longer_of_computing_and_reading()
     found, last = verdicts(outcomes(nothing=measured(2.3, EVERYTHING)))
     assert last.achievable_seconds == pytest.approx(EVERYTHING / 1e9)
     assert last.possible == pytest.approx(2.3 / 2.147, rel=0.01)
-    assert found["P1", "possible"].reached
-    assert ("P1", "DynamicCache's") not in found  # the disk is too slow for that
+    assert found["of the disk's rate"].reached
+    assert found["of the disk's rate"].value == pytest.approx(2.147 / 2.3, rel=0.01)
+    assert "of DynamicCache's time" not in found  # the disk is too slow for that
     found, last = verdicts(outcomes(static=3.0, nothing=measured(3.6, EVERYTHING)))
     assert last.achievable_seconds == 3.0
-    assert not found["P1", "possible"].reached
+    assert found["of StaticCache's time"].value == pytest.approx(1.2)
+    assert not found["of StaticCache's time"].reached
+    assert "of the disk's rate" not in found
 
 
 def test_reading_more_than_there_is_excuses_nothing():
     found, last = verdicts(outcomes(nothing=measured(4.4, 2 * EVERYTHING)))
     assert last.possible == pytest.approx(1.02, rel=0.01)
-    assert not found["P1", "possible"].reached
+    assert not found["of the disk's rate"].reached
+
+
+@pytest.mark.parametrize(("seconds", "reached"), [(2.46, True), (2.48, False)])
+def test_a_step_may_take_fifteen_hundredths_longer_than_the_disk(seconds, reached):
+    found, _ = verdicts(outcomes(nothing=measured(seconds, EVERYTHING)))
+    assert found["of the disk's rate"].reached is reached
 
 
 @pytest.mark.parametrize(("seconds", "reached"), [(1.9, True), (2.1, False)])
 def test_on_a_fast_disk_it_must_beat_dynamic_cache(seconds, reached):
     found, _ = verdicts(outcomes(nothing=measured(seconds, EVERYTHING, rate=2e9)))
-    assert found["P1", "DynamicCache's"].reached is reached
+    assert found["of DynamicCache's time"].reached is reached
 
 
 def test_memory_is_the_higher_of_both_peaks():
     found, _ = verdicts(outcomes(nothing=measured(2.3, EVERYTHING, fill_peak=310_000_000, decode_peak=100)))
-    assert (found["P2", "model"].value, found["P2", "model"].reached) == (310, False)
+    verdict = found["of memory above the model"]
+    assert (verdict.value, verdict.reached) == (310, False)
 
 
 def test_inside_a_limit_without_static_cache():
     found, last = verdicts(outcomes(static=None, dynamic=None, nothing=measured(2.4, EVERYTHING)), limited=True)
     assert last.achievable_seconds == pytest.approx(EVERYTHING / 1e9)
-    assert found["P5", "raw"].reached
+    assert found["of the disk's rate"].reached
+
+
+def test_inside_a_limit_computing_is_no_excuse():
+    found, _ = verdicts(outcomes(static=3.0, nothing=measured(3.0, EVERYTHING)), limited=True)
+    assert (found["of StaticCache's time"].reached, found["of the disk's rate"].reached) == (True, False)
 
 
 def test_half_everything_and_filling():
     found, _ = verdicts(outcomes(half=measured(1.2, EVERYTHING // 2, bytes_written=10**9, fill_seconds=2.0)))
-    assert found["P4", "possible"].reached
-    assert not any(bar == "P8" for bar, _ in found), "it also copies what stays resident"
+    assert list(found) == ["of the disk's rate"], "filling also copies what stays resident"
+    assert found["of the disk's rate"].reached
     found, _ = verdicts(outcomes(nothing=measured(2.2, EVERYTHING, bytes_written=10**9, fill_seconds=2.0)))
-    assert (found["P8", "rate"].value, found["P8", "rate"].reached) == (0.5, False)
+    filling = found["of the disk's write rate while filling"]
+    assert (filling.value, filling.reached) == (0.5, False)
     found, _ = verdicts(outcomes(everything=measured(0.5)))
-    assert not found["P3", "StaticCache's"].reached
+    assert not found["of StaticCache's time"].reached
 
 
 def test_the_baselines_next_to_a_case_count():
@@ -180,9 +197,9 @@ def test_a_step_of_many_forks_is_compared_with_a_step_of_one(seconds, reached):
     found = outcomes(nothing=measured(2.3, EVERYTHING))
     forks = attrs.evolve(found[-1].case, forks=16)
     found.append(Outcome(case=forks, status="done", measured=measured(seconds, EVERYTHING)))
-    by_bar, _ = verdicts(found)
-    assert [bar for bar, _ in by_bar] == ["forks"]
-    assert by_bar["forks", "one"].reached is reached
+    judged, _ = verdicts(found)
+    assert list(judged) == ["of the time of one alone"]
+    assert judged["of the time of one alone"].reached is reached
 
 
 @pytest.mark.parametrize(
@@ -190,9 +207,25 @@ def test_a_step_of_many_forks_is_compared_with_a_step_of_one(seconds, reached):
     [(0.5, 1.2, 0.4, 1, 1), (0.5, 1.3, 0.4, 1, 0), (0.5, 1.3, 1.2, 1, 1), (0.6, 1.2, 0.4, 0, 1)],
 )
 def test_fewer_bytes_are_judged_by_their_own_number(share, seconds, resident, bytes_ok, seconds_ok):
-    """P7: by reading them raw (1 GB/s here), or by the strategy's own step with everything resident."""
+    """By reading them raw (1 GB/s here), or by the strategy's own step with everything resident."""
     stored = int(share * EVERYTHING)
     found = outcomes(everything=measured(resident), nothing=measured(seconds, stored, stored_bytes=stored))
-    by_bar, _ = verdicts(found)
-    bytes_verdict, seconds_verdict = (verdict for (bar, _), verdict in by_bar.items() if bar == "P7")
-    assert (bytes_verdict.reached, seconds_verdict.reached) == (bytes_ok, seconds_ok)
+    judged, _ = verdicts(found)
+    slower = "its own time with everything resident" if resident > stored / 1e9 else "the disk's rate"
+    assert (judged["of the exact bytes"].reached, judged[f"of {slower}"].reached) == (bytes_ok, seconds_ok)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "rates", "doubt"),
+    [
+        (0.019, [1e9], "steps of 19 ms say little"),
+        (2.3, [1e9, 1.49e9], None),
+        (2.3, [1e9, 1.51e9], "the disk read between 1.00 and 1.51 GB/s meanwhile"),
+    ],
+)
+def test_what_is_too_small_or_too_noisy_is_said(seconds, rates, doubt):
+    one = measured(seconds, EVERYTHING)
+    reads = [Sample(int(rate), 1.0) for rate in rates]
+    _, last = verdicts(outcomes(nothing=attrs.evolve(one, rates=attrs.evolve(one.rates, reads=reads))))
+    assert last.verdicts
+    assert [text.startswith(doubt or "") for text in last.doubts] == [True] * (doubt is not None)

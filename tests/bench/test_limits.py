@@ -6,8 +6,8 @@ import os
 
 import pytest
 
-from ollm_bench import limits, machine, rates
 from ollm.errors import ConfigurationError
+from ollm_bench import limits, machine, rates
 
 
 @pytest.fixture

@@ -3,16 +3,17 @@ kv`; here all cases run in this one, so that their imports are paid once."""
 
 from __future__ import annotations
 
-import importlib.util
 import json
 
 import attrs
 import cattrs
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Gemma3TextConfig
 from typer.testing import CliRunner
 
+from ollm.cli import app
+from ollm.errors import ConfigurationError
 from ollm_bench import limits
 from ollm_bench import run as runner
 from ollm_bench.records import Outcome
@@ -20,9 +21,6 @@ from ollm_bench.weights import checkpoints
 from ollm_bench.weights.case import run as run_case
 from ollm_bench.weights.checkpoints import Llama, checkpoint_geometry, generated_geometry, write_checkpoint
 from ollm_bench.weights.records import Measured, Report
-from ollm.cli import app
-from ollm.errors import ConfigurationError
-from together.tiny_models import make_model
 
 LLAMA = Llama(layers=4, hidden=256, intermediate=512, heads=4, kv_heads=2, vocabulary=64, dtype="float32")
 SIZES = [
@@ -92,8 +90,7 @@ def test_a_small_run(in_this_process, tmp_path, monkeypatch):
     assert "writing a checkpoint of random weights: 100%" in result.stderr
     report = cattrs.structure(json.loads((tmp_path / "r.json").read_text()), Report)
     by_label = {outcome.case.label: outcome for outcome in report.outcomes}
-    if importlib.util.find_spec("accelerate") is not None:
-        assert by_label.pop("accelerate, disk offload").measured.first_seconds > 0
+    assert by_label["accelerate, disk offload"].measured.first_seconds > 0
     assert {outcome.status for outcome in by_label.values()} == {"done"}
     measured = {label: outcome.measured for label, outcome in by_label.items()}
     per_step = {label: one.bytes_per_step - one.kv_bytes_per_step for label, one in measured.items()}
@@ -107,8 +104,9 @@ def test_a_small_run(in_this_process, tmp_path, monkeypatch):
     kv = measured["ollm, nothing resident, 1,500 tokens of KV"]
     assert kv.kv_bytes_per_step >= 1024 * report.geometry.kv_bytes_per_token
     assert len(measured["in memory"].step_seconds) == 2
-    assert by_label["ollm, nothing resident"].verdicts[0].bar == "P9"
-    assert [verdict.bar for verdict in by_label["ollm, nothing resident, prompt of 20"].verdicts] == ["once"]
+    assert "of accelerate's time" in [verdict.what for verdict in by_label["ollm, nothing resident"].verdicts]
+    (once,) = by_label["ollm, nothing resident, prompt of 20"].verdicts
+    assert once.what == "of one reading of every weight"
     assert {path.name for path in tmp_path.iterdir()} <= {"r.json", "drop_caches"}, "the checkpoint is gone"
 
 
@@ -127,9 +125,12 @@ def test_a_checkpoint_of_ones_own_stays_as_it_is(in_this_process, checkpoint, tm
 
 
 def test_layers_that_cannot_be_filled_are_refused(tmp_path, checkpoint):
-    make_model("gemma3").config.save_pretrained(tmp_path / "other")
+    Gemma3TextConfig(
+        num_hidden_layers=4, hidden_size=64, intermediate_size=64, num_attention_heads=2, num_key_value_heads=1,
+        head_dim=32, vocab_size=64, layer_types=["sliding_attention", "full_attention"] * 2,
+    ).save_pretrained(tmp_path / "other")  # fmt: skip
     for name in ("model-00000.safetensors", "model.safetensors.index.json", "tokenizer.json"):
         (tmp_path / "other" / name).symlink_to(checkpoint / name)
-    with pytest.raises(ConfigurationError, match="layers of type full_attention, sliding_attention"):
+    with pytest.raises(ConfigurationError, match="2 of its 4 layers have full attention"):
         checkpoint_geometry(tmp_path / "other", fillable=True)
     assert len(checkpoint_geometry(tmp_path / "other", fillable=False).layer_bytes) == 4

@@ -1,8 +1,7 @@
-"""Which cases a run has, and which of them cannot run, by arithmetic and by what is installed. Starts nothing."""
+"""Which cases a run has, and which of them cannot fit. Pure arithmetic: measures nothing, starts nothing."""
 
 from __future__ import annotations
 
-from ollm.plugin import ConfigurationError, strategies
 from ollm_bench.run import LEAST_FREE_DISK, PROCESS_BYTES, Free
 from ollm_bench.weights.records import Case, Geometry
 
@@ -42,8 +41,8 @@ def sample_bytes(geometry: Geometry) -> int:
 
 
 def why_refused(case: Case, geometry: Geometry, free: Free) -> str:
-    """Why a case cannot run: it cannot fit, or something is not installed; empty if it can."""
-    return _not_installed(case) or free.why_refused(memory_needed(case, geometry), _disk_needed(case, geometry))
+    """Why a case cannot fit; empty if it can."""
+    return free.why_refused(memory_needed(case, geometry), _disk_needed(case, geometry))
 
 
 def streamed_bytes(case: Case, geometry: Geometry) -> int:
@@ -74,16 +73,3 @@ def _disk_needed(case: Case, geometry: Geometry) -> int:
     """Beside the checkpoint, which is there."""
     tokens = case.kv_tokens + case.prompt if case.kind == "ollm" else 0
     return geometry.kv_bytes_per_token * tokens + LEAST_FREE_DISK if tokens else 0
-
-
-def _not_installed(case: Case) -> str:
-    if case.kind == "ollm" and case.resident is not None:
-        try:
-            strategies("ollm_offload_placements", [PLACEMENT])
-        except ConfigurationError as error:
-            return str(error)
-    return ""
-
-
-PLACEMENT = "interleaved"
-"""Which layers are resident where their number is given."""

@@ -20,9 +20,10 @@ from ollm_bench.contexts import (
     wait_for_disk,
 )
 from ollm_bench.weights.checkpoints import parts_of, skeleton
-from ollm_bench.weights.plan import PLACEMENT
 from ollm_bench.weights.records import Request
 
+_PLACEMENT = "fit"
+"""Which layers are resident where their number is given: spread evenly."""
 _ROOM = 64
 """Tokens that a cache has room for beside those that it is filled with."""
 
@@ -152,7 +153,7 @@ def _ollm(request: Request) -> Subject:
     case = request.case
     ours = AutoInference(request.geometry.model, device="cpu", logging=False)
     if case.resident is not None:
-        ours.offload_layers_to_cpu(case.resident, policy=PLACEMENT)
+        ours.offload_layers_to_cpu(case.resident, policy=_PLACEMENT)
     cache = None
     if case.kv_tokens or case.prompt:
         cache = ours.DiskCache(request.folder, cache_strategy="chunked", ram_budget=0)
