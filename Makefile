@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-PACKAGES := ollm-core ollm-kv-paged ollm-kv-journal ollm-kv-quant ollm-offload
+PACKAGES := ollm-core ollm-kv-paged ollm-kv-journal ollm-kv-quant ollm-offload ollm-bench
 SOURCES := $(PACKAGES:%=packages/%/src)
 
 .PHONY: help setup demo test survey nightly lint types imports docs wheels check clean

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from ollm.memory import MemoryLedger, ledger
+from ollm.io.ledger import MemoryLedger, ledger
 
 from ollm import disk_cache
 from ollm.api import opening

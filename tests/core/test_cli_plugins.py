@@ -29,6 +29,11 @@ class Options:
 def ollm_kv_stores():
     facts = KVFacts(lossless=False, full_history=False, directory="kv_cache_sqlite", downsides="Slow.")
     return [Strategy(name="sqlite", summary="Extents in SQLite.", build=build, facts=facts, options=Options)]
+
+
+@hookimpl
+def ollm_commands():
+    return [Command(name="chat", summary="Talk.", target="acme_kv:chat")]
 """
 
 
@@ -55,7 +60,7 @@ def squeeze(text):
 def test_the_list_names_distribution_version_strategies_and_reasons(output):
     text = squeeze(output())
     assert f"ollm-core {__version__} plugin 'core' in ollm.builtin: loaded" in text
-    assert "acme-kv 1.0 plugin 'acme' in acme_kv: loaded KV store sqlite Extents in SQLite." in text
+    assert "acme-kv 1.0 plugin 'acme' in acme_kv: loaded KV store sqlite Extents in SQLite. command chat Talk." in text
     assert "beta-kv 1.0 plugin 'beta' in beta_kv: broken RuntimeError: no beta today at" in text
     assert "Write a journal" not in text
 
@@ -96,6 +101,7 @@ def test_json_holds_all_of_it(output):
                 "options": [{"name": "journal", "type": "bool", "default": True, "help": "Write a journal."}],
             }
         ],
+        "commands": [{"name": "chat", "qualified_name": "acme-kv/chat", "summary": "Talk."}],
     }
 
 

@@ -7,13 +7,14 @@ from unittest import mock
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import Gemma3TextConfig, LlamaConfig, LlamaForCausalLM
 
 from ollm import disk_cache
-from ollm.errors import PluginError, StorageError
+from ollm.errors import AmbiguousStrategyError, PluginError, StorageError, UnknownStrategyError
 from ollm.plugin import (
     API_VERSION,
     BlockKey,
+    ConfigurationError,
     Extent,
     Folder,
     KVBuildContext,
@@ -22,6 +23,9 @@ from ollm.plugin import (
     Storage,
     StorageOptions,
     Strategy,
+    kv_geometry,
+    measure_memory,
+    strategies,
 )
 from ollm.registry import Kind, Offer, PluginReport, Status, catalog, registry
 from ollm.testing import random_block, read_extent, store_context
@@ -138,3 +142,41 @@ def test_a_store_on_disk_is_one_method(tmp_path):
 def test_the_version_that_plugins_state(installer):
     installer.install("acme", "ollm_api_version = 99\n")
     assert f"was written for API version 99, this ollm-core speaks {API_VERSION}" in installer.report("acme").reason
+
+
+def test_installed_strategies_by_name(installer):
+    store = (
+        "@hookimpl\ndef ollm_kv_stores():\n    yield Strategy(name='{}', summary='s', build=build, facts=LOSSLESS)\n"
+    )
+    installer.install("acme-kv", store.format("sqlite"))
+    installer.install("beta-kv", store.format("chunked"))
+    installer.install("gamma-kv", store.format("zip"))
+    installer.install("delta-kv", store.format("zip"), point="delta")
+    registry.cache_clear()
+    try:
+        assert {"chunked", "resident", "sqlite", "beta-kv/chunked", "gamma-kv/zip"} <= set(strategies("ollm_kv_stores"))
+        found = strategies("ollm_kv_stores", ["acme-kv/sqlite", "chunked", "sqlite"])
+        assert {name: strategy.name for name, strategy in found.items()} == {"sqlite": "sqlite", "chunked": "chunked"}
+        with pytest.raises(UnknownStrategyError, match="Did you mean 'sqlite'"):
+            strategies("ollm_kv_stores", ["sqlit"])
+        with pytest.raises(AmbiguousStrategyError, match="Use one of: delta-kv/zip, gamma-kv/zip"):
+            strategies("ollm_kv_stores", ["zip"])
+        with pytest.raises(ConfigurationError, match="hook='ollm_commands': choose one of ollm_kv_stores, "):
+            strategies("ollm_commands")
+    finally:
+        registry.cache_clear()
+
+
+def test_what_a_config_says_of_keys_and_values():
+    config = Gemma3TextConfig(
+        num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, head_dim=16,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+    )  # fmt: skip
+    geometry = kv_geometry(config, torch.bfloat16)
+    assert [(layer.kv_heads, layer.key_size, layer.itemsize) for layer in geometry.layers] == [(2, 16, 2)]
+    assert geometry.bytes_per_token == 2 * 2 * 16 * 2
+
+
+def test_memory_now():
+    found = measure_memory(torch.device("cpu"))
+    assert 0 < found.host_free <= found.host_total

@@ -13,6 +13,8 @@ from ollm.registry import Status
 HOOK = "@hookimpl\ndef ollm_kv_stores():\n    "
 PLACEMENTS = HOOK.replace("kv_stores", "offload_placements")
 GOOD = "Strategy(name='a', summary='s', build=build, facts=LOSSLESS)"
+COMMANDS = "@hookimpl\ndef ollm_commands():\n    "
+CHAT = "Command(name='chat', summary='Talk.', target='acme.chat:app')"
 FOLDER = GOOD.replace("LOSSLESS", "KVFacts(lossless=True, directory='kv_cache_chunked')")
 
 BROKEN = {
@@ -30,7 +32,7 @@ BROKEN = {
     "a generator that fails late": (HOOK + f"yield {GOOD}; 1 / 0", "ZeroDivisionError: division by zero"),
     "a generator that never ends": (
         HOOK + f"while True: yield {GOOD}",
-        "offers more than 256 strategies",
+        "offers more than 256: does it ever end",
     ),
     "no list of strategies": (HOOK + "return 7", r"ollm_kv_stores\(\) returned 7: it must return an iterable"),
     "a text": (HOOK + "return 'paged'", "returned 'paged': it must return an iterable of `Strategy`"),
@@ -50,6 +52,22 @@ BROKEN = {
         HOOK + "return [Strategy(name='a', summary='s', build=build, options=dict)]",
         "options=<class 'dict'>: must be a class made with attrs",
     ),
+    "commands of the wrong type": (COMMANDS + f"return [{GOOD}]", "it must be an `ollm.plugin.Command`"),
+    "no list of commands": (COMMANDS + "pass", r"ollm_commands\(\) returned None: .* an iterable of `Command`"),
+    "a command with a bad name": (
+        COMMANDS + f"return [{CHAT.replace('chat', 'Chat now')}]",
+        "name='Chat now': use lower",
+    ),
+    "a command without a summary": (COMMANDS + f"return [{CHAT.replace('Talk.', '')}]", "ValueError: .*summary"),
+    "a command whose target is a path": (
+        COMMANDS + f"return [{CHAT.replace('acme.chat:app', 'acme/chat.py')}]",
+        "target='acme/chat.py': write 'module:function'",
+    ),
+    "a command whose target is the thing itself": (
+        COMMANDS + "return [Command(name='a', summary='s', target=build)]",
+        "write 'module:f",
+    ),
+    "the same command twice": (COMMANDS + f"return [{CHAT}] * 2", r"ollm_commands\(\) offers 'chat' twice"),
     "the same name twice": (HOOK + f"return [{GOOD}] * 2", r"ollm_kv_stores\(\) offers 'a' twice"),
     "a folder of ollm's own": (
         HOOK + f"return [{FOLDER}]",
@@ -83,7 +101,7 @@ def test_a_broken_plugin_is_reported_with_the_reason_and_disturbs_nothing(instal
     reports = {report.distribution: report for report in installer.registry().reports}
     assert reports["acme-kv"].status is Status.BROKEN
     assert re.search(reason, reports["acme-kv"].reason), reports["acme-kv"].reason
-    assert reports["acme-kv"].offers == ()
+    assert (reports["acme-kv"].offers, reports["acme-kv"].commands) == ((), ())
     assert "\n" not in reports["acme-kv"].reason
     assert [offer.strategy.name for offer in reports["beta-kv"].offers] == ["beta"]
     assert reports["ollm-core"].status is Status.LOADED

@@ -8,7 +8,7 @@ import sys
 import attrs
 import pytest
 import torch
-from ollm.memory import ledger
+from ollm.io.ledger import ledger
 from transformers import LlamaConfig
 
 from ollm.api.cache import plan_for

@@ -16,7 +16,7 @@ PROJECTS = Path(os.environ.get("PLANTED_PROJECTS", "nowhere"))
 _SOUND = """
 import attrs
 
-from ollm.plugin import KVFacts, OffloadPlacement, Strategy, hookimpl, option
+from ollm.plugin import Command, KVFacts, OffloadPlacement, Strategy, hookimpl, option
 
 ollm_api_version = 1
 
@@ -35,6 +35,15 @@ def build_store(context):
     from core.planted.sound import {store}
 
     return {store}({argument})
+
+
+def greet(name: str = "you"):
+    print("hello", name)
+
+
+@hookimpl
+def ollm_commands():
+    return [Command(name="{module}-greet", summary="Say hello.", target="{entry}:greet")]
 
 
 @hookimpl
@@ -81,7 +90,8 @@ def plugin(test, says, *, change=(), project=None, **facts):
 
     def mark(case):
         module = case.__name__.lower()
-        code = _SOUND.format(**{"module": module, "name": f"{module}-store", **_USUAL, **facts})
+        usual = {**_USUAL, "module": module, "entry": module_of(case.distribution), "name": f"{module}-store"}
+        code = _SOUND.format(**{**usual, **facts})
         if change:
             assert change[0] in code
             code = code.replace(*change)
@@ -161,6 +171,16 @@ class TestDefaultThatIsRefused(PluginTests):
 @plugin("test_its_names_are_its_own", "names that belong to ollm itself", name="chunked")
 class TestReservedName(PluginTests):
     distribution = "planted-reserved"
+
+
+@plugin("test_its_names_are_its_own", "names that belong to ollm itself", change=("testreservedcommand-greet", "serve"))
+class TestReservedCommand(PluginTests):
+    distribution = "planted-serve"
+
+
+@plugin("test_its_commands_show_their_help", "cannot be imported: AttributeError", change=(":greet", ":gret"))
+class TestCommandThatIsNotThere(PluginTests):
+    distribution = "planted-command"
 
 
 @plugin(

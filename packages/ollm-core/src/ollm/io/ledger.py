@@ -121,7 +121,7 @@ ledger = MemoryLedger()
 
 
 def measure_memory(device: torch.device) -> MemorySnapshot:
-    """Total and free bytes now, as the tightest limit allows."""
+    """Total and free bytes now, on the host and on `device`, as the tightest limit allows; memory cgroups count."""
     host = psutil.virtual_memory()
     total, free = host.total, host.available
     for limit, used in _cgroup_limits():

@@ -53,7 +53,12 @@ def layer_types(config: Any) -> list[tuple[str, dict[str, Any]]]:
 
 
 def kv_geometry(config: Any, dtype: torch.dtype) -> KVGeometry:
-    """Expected shapes of the stored layers, for planning. What a model really appends decides.
+    """Expected shapes of the layers whose keys and values go to a store: those with full attention. For planning: what
+    a model really appends decides.
+
+    Args:
+        config: transformers' config of a decoder, without parts for images or sound.
+        dtype: of keys and values.
 
     Raises:
         ConfigurationError: a size in the config is no number.
