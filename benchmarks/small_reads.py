@@ -1,8 +1,8 @@
-"""How fast this disk reads small pieces at random, by size and by how many are in flight; raw, and as the engine does it.
+"""How fast this disk reads small pieces at random, by size and by how many are in flight: raw, and in the engine.
 
-A strategy that reads only some heads or some tokens asks for pieces of 16 to 256 KiB. Raw: `preadv`, unbuffered, from so
-many threads. Engine: `PartReader`, with hashes checked and bytes put where they are wanted. Ratios are to reading the
-same file in order with requests of 1 MiB, measured next to each.
+A strategy that reads only some heads or some tokens asks for pieces of 16 to 256 KiB. Raw: `preadv`, unbuffered, from
+so many threads. Engine: `PartReader`, with hashes checked and bytes put where they are wanted. Ratios are to reading
+the same file in order with requests of 1 MiB, measured next to each.
 
     python benchmarks/small_reads.py [seconds per case]
 """

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from ollm.io.ledger import MemoryLedger, ledger
 
 from ollm import disk_cache
 from ollm.api import opening
 from ollm.contracts.kv import KVStore
+from ollm.io.ledger import MemoryLedger, ledger
 from ollm.registry import Registry
 from ollm.seam.cache import KVCache
 from together.comparison import tokens

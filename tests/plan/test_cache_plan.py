@@ -8,7 +8,6 @@ import sys
 import attrs
 import pytest
 import torch
-from ollm.io.ledger import ledger
 from transformers import LlamaConfig
 
 from ollm.api.cache import plan_for
@@ -16,6 +15,7 @@ from ollm.api.facts import facts_of, facts_of_config
 from ollm.api.opening import open_cache
 from ollm.contracts.spill import KVGeometry, LayerGeometry, MemorySnapshot
 from ollm.errors import ConfigurationError
+from ollm.io.ledger import ledger
 from ollm.plan import BlockVerdict, CacheRequest, ModelFacts, plan_cache
 from ollm.plan.cache import piece_tokens
 from ollm.registry import Kind, registry

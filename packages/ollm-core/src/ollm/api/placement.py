@@ -11,7 +11,7 @@ from ollm.contracts.offload import Tier
 from ollm.errors import ConfigurationError, DeviceError
 from ollm.io.ledger import ledger
 from ollm.plan.placement import PlacementPlan, PlacementRecord, Room, plan_fit, plan_placement
-from ollm.weights.ring import SLOTS
+from ollm.weights.ring import RING_SLOTS
 from ollm.weights.streamer import WeightStreamer
 
 
@@ -63,7 +63,7 @@ class Placer:
         rooms = {Tier.DEVICE: _room(self._device)}
         if self._device.type != "cpu":
             rooms[Tier.HOST] = _room(torch.device("cpu"))
-        self._carry_out(plan_fit(self._sizes, rooms, slots=SLOTS))
+        self._carry_out(plan_fit(self._sizes, rooms, slots=RING_SLOTS))
 
     def _carry_out(self, plan: PlacementPlan) -> PlacementRecord:
         streamer, now = self._streamer, [Tier.DEVICE] * len(self._sizes)

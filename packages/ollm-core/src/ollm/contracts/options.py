@@ -142,7 +142,7 @@ def structure_field(record: type, name: str, value: Any) -> Any:
     try:
         if callable(field.converter):
             return field.converter(value)
-        return _converter.structure(value, typing.get_type_hints(record)[name])
+        return _converter().structure(value, typing.get_type_hints(record)[name])
     except ConfigurationError:  # of a converter, which names the field
         raise
     except Exception as error:
