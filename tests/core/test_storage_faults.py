@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from core.storage_fixtures import DIRECTORY, get, open_storage, put, tree
-from ollm.contracts.kv import Extent
+from core.storage_fixtures import DIRECTORY, get, get_pieces, locations, open_storage, put, reopen, tree
+from ollm.contracts.blocks import Extent
 from ollm.errors import DiskFullError, OllmError, StorageError
 from ollm.io import files, shim
 from ollm.io.shim import Disk
@@ -35,7 +35,7 @@ def attempt(action: Callable[[], Any], errors: list[BaseException]) -> Any:
 
 
 def scenario(cache_dir: Path, disk: FaultyDisk, errors: list[BaseException], monkeypatch: pytest.MonkeyPatch) -> int:
-    """Create, write, read, release, write again and close, with a check of everything after every step.
+    """Create, write, read, free, commit, write again and close, with a check of everything after every step.
 
     Returns how many operations there were before `close`.
     """
@@ -59,14 +59,17 @@ def use(storage: SegmentedStorage, errors: list[BaseException]) -> None:
     def check() -> None:
         for extent, payload in model.items():
             assert attempt(lambda extent=extent: get(storage, extent), errors) == payload
+            assert attempt(lambda extent=extent: get_pieces(storage, extent, 3, 9), errors) == payload[3:9]
 
     for payload, segment in ((b"a" * 10, 0), (b"b" * 5000, 1), (b"c" * 4096, 0)):
         write(payload, segment)
         check()
-    released = list(model)[-1]
-    attempt(lambda: storage.release([released]), errors)
-    del model[released]
+    freed = list(model)[-1]
+    attempt(lambda: storage.free(locations(freed)), errors)
+    del model[freed]
     check()
+    attempt(lambda: storage.commit(model, tokens=len(model)), errors)
+    assert storage.committed == tuple(model)
     write(b"d" * 20, 0)
     check()
 
@@ -190,7 +193,7 @@ def test_a_write_torn_at_any_byte_by_the_system_itself_adds_nothing(tmp_path: Pa
             resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
             again = put(storage, b"torn" * 1500)
             assert get(storage, again) == b"torn" * 1500
-            storage.release([again])
+            storage.free(locations(again))
         storage.close()
 
     in_child(check)
@@ -204,3 +207,55 @@ def test_a_read_that_comes_in_pieces_is_put_together(tmp_path: Path, monkeypatch
     payload = bytes(range(256)) * 40
     assert get(storage, put(storage, payload)) == payload
     assert min(disk.operations.count(name) for name in ("pread_into", "pwrite")) > 10
+
+
+Tables = list[list[Extent]]
+"""What was reported as committed, and what was to be next, if something went wrong then."""
+
+
+def lives(cache_dir: Path, disk: FaultyDisk, tables: Tables, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A storage that is kept writes and commits twice, with more behind it that it never commits; so does the next one
+    over its folder. Until something goes wrong."""
+    with monkeypatch.context() as patch:
+        patch.setattr(shim, "disk", disk)
+        path = None
+        for life in range(2):
+            storage = reopen(path) if path else open_storage(cache_dir, keep=True)
+            path = storage.path
+            try:
+                storage.adopt(tables[-1])
+                for _ in range(2):
+                    before = tables[-1]
+                    tables.append([*before, put(storage, b"%d" % life, segment=life, start=len(before))])
+                    put(storage, b"not committed", segment=life, start=99)
+                    storage.commit(tables[-1], tokens=len(tables[-1]), durable=True)
+                    del tables[:-1]
+            finally:
+                storage.close()
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_one_fault_anywhere_loses_nothing_that_was_committed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
+    sound = FaultyDisk()
+    lives(tmp_path / "sound", sound, [[]], monkeypatch)
+    found = set()
+    for at, name in enumerate(sound.operations):
+        cache_dir = tmp_path / f"{at}-{name}"
+        tables: Tables = [[]]
+        with suppress(OllmError, *INTERRUPTIONS):  # anything else, such as a bare OSError, fails the test
+            lives(cache_dir, FaultyDisk(FAULTS[fault], at), tables, monkeypatch)
+        where = f"{fault} at operation {at}, {name}"
+        entries = [path.parent for path in cache_dir.glob(f"{DIRECTORY}/entry-*/manifest.json")]
+        if not entries:
+            assert tables == [[]], f"{where}: nothing is left"
+            continue
+        storage = reopen(entries[0])
+        table = list(storage.committed)
+        assert table in tables, where
+        storage.adopt(table)
+        assert [get(storage, extent) for extent in table] == [b"0", b"0", b"1", b"1"][: len(table)], where
+        found.add(len(table))
+        storage.close()
+    assert found == ({4} if fault == "short" else {0, 1, 2, 3, 4})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import re
 import shutil
 import stat
 import subprocess
@@ -15,33 +16,43 @@ from pathlib import Path
 import pytest
 
 from core.storage_fixtures import DIRECTORY, get, open_storage, process, put, tree
-from ollm.errors import CacheDirectoryError, StorageError
-from ollm.storage.folder import RunFolder
+from ollm.errors import CacheBusyError, CacheDirectoryError, ConfigurationError, StorageError
+from ollm.storage.folder import CacheFolder
 from ollm.testing.processes import in_child
 
 NOBODY = 65534
 IS_ROOT = os.geteuid() == 0
 
+OPEN_A_FOLDER = """
+import sys
+from pathlib import Path
+from ollm.storage.folder import CacheFolder
+folder = CacheFolder.open(Path(sys.argv[1]))
+print("open", flush=True)
+sys.stdin.readline()
+folder.close()
+"""
+
 HOLD_A_FOLDER = """
 import sys
 from pathlib import Path
-from ollm.storage.folder import RunFolder
-folder = RunFolder.create(Path(sys.argv[1]), sys.argv[2])
+from ollm.storage.folder import CacheFolder
+folder = CacheFolder.create(Path(sys.argv[1]), sys.argv[2])
 print(folder.path, flush=True)
 sys.stdin.readline()
-folder.remove()
+folder.close()
 """
 
 OPEN_AND_CLOSE_MANY = """
 import sys
 from pathlib import Path
-from ollm.storage.folder import RunFolder
+from ollm.storage.folder import CacheFolder
 print(flush=True)
 sys.stdin.readline()
 for _ in range(int(sys.argv[3])):
-    folder = RunFolder.create(Path(sys.argv[1]), sys.argv[2])
+    folder = CacheFolder.create(Path(sys.argv[1]), sys.argv[2])
     assert (folder.path / "lock").exists()
-    folder.remove()
+    folder.close()
 print("done", flush=True)
 """
 
@@ -81,10 +92,10 @@ def test_folders_and_files_are_private_whatever_the_umask(open_to_all: Path, uma
 
 
 def test_the_root_is_marked_as_a_cache(tmp_path: Path) -> None:
-    held = RunFolder.create(tmp_path, DIRECTORY)
+    held = CacheFolder.create(tmp_path, DIRECTORY)
     tag = (tmp_path / DIRECTORY / "CACHEDIR.TAG").read_bytes()
     assert tag.startswith(b"Signature: 8a477f597d28d172789f06886806bc55\n")
-    held.remove()
+    held.close()
 
 
 def test_the_folder_of_a_living_session_is_never_touched(tmp_path: Path) -> None:
@@ -184,7 +195,7 @@ def test_a_file_in_the_place_of_the_cache_dir_is_a_typed_error(tmp_path: Path) -
     (tmp_path / "file").write_bytes(b"precious")
     for cache_dir in (tmp_path / "file", tmp_path / "file" / "below"):
         with pytest.raises(CacheDirectoryError, match="Cannot use"):
-            RunFolder.create(cache_dir, DIRECTORY)
+            CacheFolder.create(cache_dir, DIRECTORY)
     assert (tmp_path / "file").read_bytes() == b"precious"
 
 
@@ -193,7 +204,7 @@ def test_a_cache_dir_that_one_may_not_write_to_is_a_typed_error(open_to_all: Pat
     def check() -> None:
         become_ordinary()
         with pytest.raises(CacheDirectoryError, match="Permission denied"):
-            RunFolder.create(open_to_all, DIRECTORY)
+            CacheFolder.create(open_to_all, DIRECTORY)
 
     open_to_all.chmod(0o755)
     in_child(check)
@@ -205,9 +216,9 @@ def test_a_read_only_file_system_is_a_typed_error(tmp_path: Path) -> None:
 import sys
 from pathlib import Path
 from ollm.errors import CacheDirectoryError
-from ollm.storage.folder import RunFolder
+from ollm.storage.folder import CacheFolder
 try:
-    RunFolder.create(Path(sys.argv[1]), sys.argv[2])
+    CacheFolder.create(Path(sys.argv[1]), sys.argv[2])
 except CacheDirectoryError as error:
     print(error)
 """
@@ -219,3 +230,114 @@ except CacheDirectoryError as error:
     if done.returncode in (1, 77):
         pytest.skip(f"may not mount here: {done.stderr.strip()}")
     assert "Read-only file system" in done.stdout, done.stderr
+
+
+def test_a_folder_that_is_kept_stays_with_all_that_is_in_it(tmp_path: Path) -> None:
+    folder = CacheFolder.create(tmp_path, DIRECTORY, keep=True)
+    assert re.fullmatch("entry-[0-9a-f]{16}", folder.path.name)
+    assert (folder.is_new, folder.kept) == (True, True)
+    with open(folder.open_file("store-mine"), "wb") as file:
+        file.write(b"kept")
+    folder.close()
+    folder.close()
+    before = tree(tmp_path)
+    again = CacheFolder.open(folder.path)
+    assert (again.path, again.is_new, again.kept) == (folder.path, False, True)
+    with open(again.open_file("store-mine", make=False), "rb") as file:
+        assert file.read() == b"kept"
+    again.close()
+    assert tree(tmp_path) == before
+    for path in tmp_path.rglob("*"):
+        assert stat.S_IMODE(path.lstat().st_mode) == (0o700 if path.is_dir() else 0o600)
+
+
+def test_a_folder_that_is_kept_is_kept_by_whoever_comes_and_goes_beside_it(tmp_path: Path) -> None:
+    """Its owner is gone, as that of a dead session is."""
+    kept = CacheFolder.create(tmp_path, DIRECTORY, keep=True)
+    kept.close()
+    before = tree(tmp_path)
+    for keep in (False, False, True):
+        CacheFolder.create(tmp_path, DIRECTORY, keep=keep).close()
+    assert set(before) <= set(tree(tmp_path))
+    assert sum(name.count("/") == 1 and "/entry-" in name for name in tree(tmp_path)) == 2
+    assert not any("/run-" in name for name in tree(tmp_path))
+
+
+def test_a_kept_folder_that_is_dropped_is_closed_and_kept(tmp_path: Path) -> None:
+    folder = CacheFolder.create(tmp_path, DIRECTORY, keep=True)
+    path = folder.path
+    del folder
+    gc.collect()
+    CacheFolder.open(path).close()
+
+
+def test_a_kept_folder_has_one_owner_at_a_time(tmp_path: Path) -> None:
+    made = CacheFolder.create(tmp_path, DIRECTORY, keep=True)
+    with pytest.raises(CacheBusyError, match=f"{made.path.name} is in use by another cache"):
+        CacheFolder.open(made.path)
+    made.close()
+    opened = CacheFolder.open(made.path)
+    with pytest.raises(CacheBusyError):
+        CacheFolder.open(made.path)
+    opened.close()
+    with process(OPEN_A_FOLDER, made.path) as other:
+        assert other.stdout.readline() == "open\n"
+        with pytest.raises(CacheBusyError):
+            CacheFolder.open(made.path)
+        other.kill()
+        other.wait()
+    CacheFolder.open(made.path).close()
+
+
+def test_an_attempt_to_open_a_busy_folder_leaves_no_file_open(tmp_path: Path) -> None:
+    made = CacheFolder.create(tmp_path, DIRECTORY, keep=True)
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(3):
+        with pytest.raises(CacheBusyError):
+            CacheFolder.open(made.path)
+    assert len(os.listdir("/proc/self/fd")) == before
+    made.close()
+
+
+def test_a_forked_child_does_not_give_up_the_lock_of_its_parent(tmp_path: Path) -> None:
+    made = CacheFolder.create(tmp_path, DIRECTORY, keep=True)
+    in_child(made.close)
+    with pytest.raises(CacheBusyError):
+        CacheFolder.open(made.path)
+    made.close()
+
+
+@pytest.mark.parametrize("missing", [".", "lock"])
+def test_a_folder_that_is_not_there_cannot_be_opened(tmp_path: Path, missing: str) -> None:
+    made = CacheFolder.create(tmp_path, DIRECTORY, keep=True)
+    made.close()
+    shutil.rmtree(made.path) if missing == "." else (made.path / missing).unlink()
+    with pytest.raises(CacheDirectoryError, match="Cannot use"):
+        CacheFolder.open(made.path)
+    assert missing == "." or tree(made.path) == [], "and nothing is made there"
+
+
+def test_files_of_segments_that_are_not_used_are_removed_and_no_others(tmp_path: Path) -> None:
+    folder = CacheFolder.create(tmp_path, DIRECTORY, keep=True)
+    names = ["segment-000000.kv", "segment-000001.kv", "segment-999999.kv", "store-segment-000001.kv", "manifest.json"]
+    for name in names:
+        os.close(folder.open_file(name))
+    (folder.path / "segment-1.kv").touch()
+    folder.remove_segments(keep=[0])
+    assert set(tree(folder.path)) == {"lock", "segment-1.kv", *names} - {"segment-000001.kv", "segment-999999.kv"}
+    with pytest.raises(ConfigurationError, match="out of range"):
+        folder.remove_segments(keep=[10**6])
+    folder.close()
+
+
+def test_a_manifest_is_read_up_to_a_length(tmp_path: Path) -> None:
+    folder = CacheFolder.create(tmp_path, DIRECTORY, keep=True)
+    folder.replace_manifest(b"first", durable=False)
+    folder.replace_manifest(b"the second one", durable=True)
+    assert folder.read_manifest(100) == b"the second one"
+    assert folder.read_manifest(5) == b"the s"
+    assert sorted(tree(folder.path)) == ["lock", "manifest.json"]
+    (folder.path / "manifest.json.tmp").write_bytes(b"what an interrupted attempt left, and longer than the next one")
+    folder.replace_manifest(b"third", durable=False)
+    assert folder.read_manifest(100) == b"third"
+    folder.close()

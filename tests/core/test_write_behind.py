@@ -9,7 +9,7 @@ from concurrent.futures import wait
 
 import pytest
 
-from core.storage_fixtures import get, open_storage, put
+from core.storage_fixtures import get, get_pieces, locations, open_storage, put, read_raw
 from ollm.errors import DiskFullError, StorageError
 from ollm.io import shim
 from ollm.storage.options import WRITE_BUFFERS
@@ -81,6 +81,32 @@ def test_a_read_waits_for_the_write_of_what_it_wants(storage, gate):
     assert results == [b"wanted"]
 
 
+def test_a_read_of_a_part_waits_too_and_asks_the_disk_for_no_header(storage, gate):
+    """The header is known once the record is written, and before that there is none on the disk."""
+    disk = gate()
+    extent = put(storage, b"wanted", flush=False)
+    part = storage.submit(get_pieces, storage, extent, 2, 5)
+    assert not part.done()
+    disk.opened.set()
+    assert part.result(30) == b"nte"
+    assert disk.operations.count("pread_into") == 1
+
+
+def test_a_part_of_what_the_disk_refused_comes_from_memory(storage, gate):
+    disk = gate(errno.EIO)
+    payload = bytes(range(256)) * 300  # two pieces
+    extent = put(storage, payload, flush=False)
+    disk.opened.set()
+    with pytest.raises(StorageError):
+        storage.flush()
+    for start, stop in ((0, 1), (2**16 - 1, 2**16 + 1), (2**16, len(payload))):
+        assert get_pieces(storage, extent, start, stop) == payload[start:stop]
+    disk.code = None
+    storage.raise_failed()
+    assert get_pieces(storage, extent, 2**16, 2**16 + 9) == payload[2**16 : 2**16 + 9], "from the disk"
+    assert disk.operations.count("pread_into") == 1
+
+
 def test_an_error_of_the_background_is_raised_once_then_tried_again_and_nothing_is_lost(storage, gate, monkeypatch):
     disk = gate(errno.ENOSPC)
     kept = put(storage, b"kept", flush=False)
@@ -89,9 +115,9 @@ def test_an_error_of_the_background_is_raised_once_then_tried_again_and_nothing_
         storage.flush()
     assert get(storage, kept) == b"kept", "from memory"
     with pytest.raises(DiskFullError):
-        storage.settle()  # tried again, and still full
+        storage.raise_failed()  # tried again, and still full
     disk.code = None
-    storage.settle()
+    storage.raise_failed()
     assert storage.stats().bytes_written == 8192
     assert get(storage, kept) == b"kept", "from the disk"
     assert get(storage, put(storage, b"more")) == b"more"
@@ -112,8 +138,6 @@ def test_when_every_buffer_holds_what_the_disk_refused_the_next_write_says_so(st
 
 
 def test_neighbours_of_which_one_is_only_in_memory_are_read_together(storage, gate, monkeypatch):
-    from core.storage_fixtures import read_raw
-
     first = put(storage, b"first")
     disk = gate(errno.EIO)
     second = put(storage, b"second", flush=False)
@@ -123,15 +147,15 @@ def test_neighbours_of_which_one_is_only_in_memory_are_read_together(storage, ga
     assert [raw.numpy().tobytes() for raw in read_raw(storage, first, second)] == [b"first", b"second"]
 
 
-def test_what_was_released_before_it_was_written_is_never_written_over_what_comes_after(storage, gate):
+def test_what_was_freed_before_it_was_written_is_never_written_over_what_comes_after(storage, gate):
     disk = gate()
     gone = put(storage, b"gone", flush=False)
-    releasing = threading.Thread(target=storage.release, args=([gone],))
-    releasing.start()
+    freeing = threading.Thread(target=storage.free, args=(locations(gone),))
+    freeing.start()
     disk.opened.set()
-    releasing.join(30)
+    freeing.join(30)
     after = put(storage, b"after")
-    assert after.offset == gone.offset
+    assert after.location.offset == gone.location.offset
     assert get(storage, after) == b"after"
 
 
@@ -145,4 +169,19 @@ def test_closing_gives_up_what_is_not_written_and_waits_for_what_is_being_writte
     disk.opened.set()
     closing.join(30)
     assert list(tmp_path.iterdir()) == []
+    storage.close()
+
+
+def test_a_commit_waits_for_what_is_being_written_and_says_if_it_failed(tmp_path, gate):
+    storage = open_storage(tmp_path)
+    disk = gate(errno.EIO)
+    extent = put(storage, b"wanted", flush=False)
+    disk.opened.set()
+    with pytest.raises(StorageError, match="Input/output error"):
+        storage.commit([extent], tokens=1)
+    assert storage.committed == ()
+    disk.code = None
+    storage.commit([extent], tokens=1)
+    assert storage.committed == (extent,)
+    assert storage.stats().bytes_written == 8192
     storage.close()
