@@ -96,9 +96,7 @@ def main(seconds: float) -> None:
                 found = raw(path, size * KIB, depth, seconds)
                 cells.append(f"{found:6.2f} ({found / whole:.2f})")
             print(f"{depth:>14}  " + " ".join(f"{cell:>13}" for cell in cells), flush=True)
-        print(
-            f"engine, {parts.IN_FLIGHT} asked for at a time on {scheduler.WORKERS} threads; keys and values of one head, of each"
-        )
+        print(f"engine, {parts.IN_FLIGHT} in flight on {scheduler.WORKERS} threads; so much of keys and of values")
         reader, cells = parts.PartReader(storage), []
         for size in SIZES:
             whole = raw(path, 2**20, 8, seconds, in_order=True)
