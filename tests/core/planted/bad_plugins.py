@@ -173,7 +173,9 @@ class TestReservedName(PluginTests):
     distribution = "planted-reserved"
 
 
-@plugin("test_its_names_are_its_own", "names that belong to ollm itself", change=("testreservedcommand-greet", "serve"))
+@plugin(
+    "test_its_commands_have_names_of_their_own", "belong to ollm itself", change=("testreservedcommand-greet", "serve")
+)
 class TestReservedCommand(PluginTests):
     distribution = "planted-serve"
 

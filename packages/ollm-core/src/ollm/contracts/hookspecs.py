@@ -65,7 +65,7 @@ def ollm_model_adapters() -> Iterable[Strategy[ModelAdapter]]:  # type: ignore[e
 
 @hookspec
 def ollm_commands() -> Iterable[Command]:  # type: ignore[empty-body]
-    """Offer commands: what `ollm <name>` runs beside core's own.
+    """Offer commands: what `ollm` runs by a name, beside the commands of core.
 
     Each names the typer app or the function that it runs, which is imported only then: `ollm --help` and `ollm plugins`
     show its summary without it.

@@ -19,7 +19,7 @@ from ollm.contracts.options import describe_options, structure_options
 from ollm.contracts.spill import SpillPolicy
 from ollm.contracts.strategy import BuildContext
 from ollm.registry import CommandOffer, Kind, Offer, PluginReport, Status, registry
-from ollm.registry.kinds import COMMANDS, RESERVED, RESERVED_COMMANDS
+from ollm.registry.kinds import COMMANDS, RESERVED, RESERVED_COMMANDS, Home
 from ollm.testing.blocks import assert_holds, random_block, write_blocks
 from ollm.testing.case import store_context
 from ollm.testing.wheels import check_wheel
@@ -95,12 +95,15 @@ class PluginTests:
         assert done.returncode == 0, done.stderr
         assert done.stdout.split() == [], "import what is heavy in `build`, not in the entry module"
 
-    def test_its_names_are_its_own(self, offers: tuple[Offer, ...], commands: tuple[CommandOffer, ...]) -> None:
+    def test_its_names_are_its_own(self, offers: tuple[Offer, ...]) -> None:
         """A reserved name would only work in its qualified form, `distribution/name`."""
         homes = [(offer.name, RESERVED[offer.kind].get(offer.name)) for offer in offers]
-        homes += [(offer.name, RESERVED_COMMANDS.get(offer.name)) for offer in commands]
-        taken = [name for name, home in homes if home is not None and home.distribution != self.distribution]
-        assert taken == [], "names that belong to ollm itself"
+        assert self._taken(homes) == [], "names that belong to ollm itself"
+
+    def test_its_commands_have_names_of_their_own(self, commands: tuple[CommandOffer, ...]) -> None:
+        """The same of commands."""
+        homes = [(offer.name, RESERVED_COMMANDS.get(offer.name)) for offer in commands]
+        assert self._taken(homes) == [], "names that belong to ollm itself"
 
     def test_options_have_defaults_that_are_valid(self, offers: tuple[Offer, ...]) -> None:
         """And texts that say what they mean; unknown ones are refused."""
@@ -152,6 +155,9 @@ class PluginTests:
         if self.project is None:
             pytest.skip("no `project` is named")
         check_wheel(self.project, tmp_path, self.distribution, report.module.partition(":")[0])
+
+    def _taken(self, homes: list[tuple[str, Home | None]]) -> list[str]:
+        return [name for name, home in homes if home is not None and home.distribution != self.distribution]
 
     @staticmethod
     def _context(offer: Offer, options: Any, folder: Path) -> BuildContext:
