@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from ollm import changes as changes_module
-from ollm.changes import Changes, is_ours
+from ollm.changes import Changes, ChangesFor, is_ours
 
 X = torch.ones(1)
 
@@ -200,3 +200,52 @@ def test_a_copy_computes_with_its_own_weights(layer):
         other = copy.deepcopy(layer)
         other.factor.fill_(50)
         assert (layer(X).item(), other(X).item()) == (3, 51)
+
+
+class User:
+    """Something that may be dropped."""
+
+
+def made_in(log, name):
+    """A change that writes what becomes of it."""
+
+    def change():
+        log.append(name)
+        return lambda: log.append(f"not {name}")
+
+    return change
+
+
+def test_changes_for_an_object_are_undone_once_from_the_last_to_the_first():
+    log, user = [], User()
+    changes = ChangesFor(user)
+    changes.make(made_in(log, "a"), made_in(log, "b"))
+    assert len(changes.made) == 2
+    changes.undo()
+    changes.undo()
+    del user
+    gc.collect()
+    assert log == ["a", "b", "not b", "not a"]
+    assert changes.made == []
+
+
+def test_changes_for_an_object_that_is_dropped_are_undone():
+    log, user = [], User()
+    ChangesFor(user).make(made_in(log, "a"))
+    del user
+    gc.collect()
+    assert log == ["a", "not a"]
+
+
+def test_of_changes_that_fail_none_is_made_and_earlier_ones_stay():
+    def fail():
+        raise RuntimeError("no")
+
+    log, user = [], User()
+    changes = ChangesFor(user)
+    changes.make(made_in(log, "a"))
+    with pytest.raises(RuntimeError, match="no"):
+        changes.make(made_in(log, "b"), made_in(log, "c"), fail, made_in(log, "d"))
+    assert log == ["a", "b", "c", "not c", "not b"]
+    changes.undo()
+    assert log[5:] == ["not a"]

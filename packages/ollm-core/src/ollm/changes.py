@@ -20,6 +20,9 @@ from torch import nn
 Around = Callable[..., Any]
 """`around(forward, *args, **kwargs)`: calls the forward that it is given, or does not, and returns what that would."""
 
+Change = Callable[[], Callable[[], None]]
+"""Makes a change, and returns what undoes it."""
+
 _lock = threading.RLock()  # whoever is collected undoes its changes in any thread, and perhaps in the midst of another
 
 
@@ -53,6 +56,39 @@ class Changes(ExitStack):
             setting = _settings.setdefault((id(target), name), _Setting(target, name))
             self.callback(_unset, setting, token)
             setting.put(token, value)
+
+
+class ChangesFor:
+    """Changes that are made for an object, and undone with `undo` or when it is dropped."""
+
+    def __init__(self, user: object) -> None:
+        self._user = weakref.ref(user)
+        self._undo: list[tuple[Change, Callable[[], object]]] = []
+
+    @property
+    def made(self) -> list[Change]:
+        """Those that are not undone, for whoever wants to make them for another object, too."""
+        return [change for change, _ in self._undo]
+
+    def make(self, *changes: Change) -> None:
+        """Make all of them, or none."""
+        before, user = len(self._undo), self._user()
+        assert user is not None
+        try:
+            for change in changes:
+                undo = weakref.finalize(user, change())
+                undo.atexit = False  # at exit the model goes as well
+                self._undo.append((change, undo))
+        except BaseException:
+            self.undo(before)
+            raise
+
+    def undo(self, keep: int = 0) -> None:
+        """Undo all, or all but the first `keep`, from the last to the first; nothing of them is kept alive then."""
+        with ExitStack() as steps:
+            for _, undo in self._undo[keep:]:
+                steps.callback(undo)
+            del self._undo[keep:]
 
 
 def is_ours(target: Any, name: str) -> bool:

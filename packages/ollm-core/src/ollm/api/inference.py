@@ -104,7 +104,7 @@ class _Native:
             return
         free = ledger.measure(self.device).device_free
         tokens = longest_prompt(decoder_config(self.model), self.model.dtype, cache.piece_rows, free)
-        cache.while_open(functools.partial(bound_prompts, self.model, tokens))
+        cache.changes.make(functools.partial(bound_prompts, self.model, tokens))
 
     def offload_layers_to_cpu(self, layers_num: int, policy: str = "auto") -> PlacementRecord:
         """Keep decoder layers in host memory and read all others from disk for each forward pass; an earlier choice

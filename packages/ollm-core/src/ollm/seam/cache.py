@@ -17,6 +17,7 @@ from typing import Any, NoReturn, Self
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from ollm.changes import Change, ChangesFor
 from ollm.errors import (
     CacheClosedError,
     ConfigurationError,
@@ -30,9 +31,6 @@ from ollm.seam.geometry import STORED_LAYER_TYPE, layer_types
 from ollm.seam.layers import StoredLayer, check_every_layer_has, stock_layer, why_not_croppable
 
 logger = logging.getLogger(__name__)
-
-Change = Callable[[], Callable[[], None]]
-"""Changes a model, and returns what undoes it."""
 
 
 class KVCache(Cache):
@@ -65,7 +63,7 @@ class KVCache(Cache):
         """
         self._config = config
         self._blocks: bool = origin._blocks if origin else switch_on is not None
-        self._changes: list[tuple[Change, weakref.finalize[..., KVCache]]] = []
+        self.changes = ChangesFor(self)  # what is done to the model while the cache is open; a fork does the same
         self._mode_reason = mode_reason
         self.piece_rows: int | None = None
         """The longest piece of a prompt that a layer takes at once; `None` for all of it."""
@@ -94,18 +92,7 @@ class KVCache(Cache):
         self._attention_layers = [i for i, layer in enumerate(self.layers) if isinstance(layer, CacheLayerMixin)]
         if not self._stored:
             logger.warning("No layer of this model has full attention, so nothing of it goes to a store.")
-        try:
-            for change in [change for change, _ in origin._changes] if origin else [switch_on] if switch_on else []:
-                self.while_open(change)
-        except BaseException:
-            self.close()
-            raise
-
-    def while_open(self, change: Change) -> None:
-        """Make a change to the model which is undone when this cache is closed or dropped; a fork makes it, too."""
-        undo = weakref.finalize(self, change())
-        undo.atexit = False  # at exit the model goes as well
-        self._changes.append((change, undo))
+        self.changes.make(*(origin.changes.made if origin else [switch_on] if switch_on else []))
 
     @property
     def counters(self) -> KVCounters:
@@ -256,8 +243,7 @@ class KVCache(Cache):
         """Free everything that no fork needs, on disk too. May be called twice; the cache cannot be used afterwards."""
         if not self._closed:
             self._closed = True
-            while self._changes:  # and no closed cache keeps a model
-                self._changes.pop()[1]()
+            self.changes.undo()
             self._leave.detach()
             self._session.leave(self._branch, functools.partial(_close_all, list(self._stored.values())))
 
