@@ -9,7 +9,7 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import given
 
-from core.golden_files import check_golden, fix_store_id, small_block
+from core.storage.golden_files import check_golden, fix_store_id, small_block
 from ollm.testing import KVStoreTests, PluginTests, store_context
 from ollm.testing import random_block as block
 from ollm_kv_journal.journal import Entry, JournalStore

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from core.golden_files import check_golden, fix_store_id, small_block
+from core.storage.golden_files import check_golden, fix_store_id, small_block
 from ollm.errors import StoreContractError
 from ollm.plugin import KVGeometry, LayerGeometry
 from ollm.testing import KVStoreTests, PluginTests, assert_holds, store_context

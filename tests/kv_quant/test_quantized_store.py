@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from core.golden_files import check_golden, fix_store_id, small_block
+from core.storage.golden_files import check_golden, fix_store_id, small_block
 from ollm.contracts.spill import SpillPlan
 from ollm.errors import NonFiniteError
 from ollm.kv.history import LayerHistory

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from core.storage_fixtures import open_storage
+from core.storage.storage_fixtures import open_storage
 from ollm.builtin.chunked import ChunkedStore
 from ollm.contracts.blocks import Extent
 from ollm.contracts.spill import SpillPlan

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 
 from core.kv.engine_fixtures import make_session, tokens
-from core.storage_fixtures import open_storage
+from core.storage.storage_fixtures import open_storage
 from ollm.builtin.chunked import ChunkedStore
 from ollm.contracts.spill import SpillPlan
 from ollm.kv.flushing import cuts, even, tokens_to_flush

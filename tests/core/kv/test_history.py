@@ -12,7 +12,7 @@ import torch
 from hypothesis import given
 
 from core.kv.engine_fixtures import ANY
-from core.storage_fixtures import open_storage, read_raw
+from core.storage.storage_fixtures import open_storage, read_raw
 from ollm.builtin.chunked import ChunkedStore
 from ollm.contracts.blocks import EXTENT_BYTES
 from ollm.contracts.spill import SpillPlan

@@ -6,7 +6,7 @@ import attrs
 import pytest
 import torch
 
-from core.storage_fixtures import open_storage
+from core.storage.storage_fixtures import open_storage
 from ollm.builtin.chunked import ChunkedStore
 from ollm.contracts.spill import SpillPlan
 from ollm.errors import CorruptDataError, DiskFullError, OllmError, StoreContractError

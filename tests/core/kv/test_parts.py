@@ -14,7 +14,7 @@ import pytest
 import torch
 from hypothesis import given
 
-from core.storage_fixtures import file_of, flip, open_storage, reopen
+from core.storage.storage_fixtures import file_of, flip, open_storage, reopen
 from ollm.contracts.blocks import BlockKey, Extent, KVBlock
 from ollm.contracts.storage import Pieces
 from ollm.errors import CorruptDataError, StorageError

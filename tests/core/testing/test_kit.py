@@ -11,14 +11,14 @@ from pathlib import Path
 
 import pytest
 
-from core.planted import bad_plugins
-from core.planted.bad_choices import CAUGHT as CHOICES
-from core.planted.bad_files import CAUGHT as FILES
-from core.planted.bad_stores import CAUGHT as STORES
+from core.testing.planted import bad_plugins
+from core.testing.planted.bad_choices import CAUGHT as CHOICES
+from core.testing.planted.bad_files import CAUGHT as FILES
+from core.testing.planted.bad_stores import CAUGHT as STORES
 from ollm.testing.in_model import ModelTests
 
-TESTS = Path(__file__).parents[1]
-PLANTED = TESTS / "core" / "planted"
+TESTS = Path(__file__).parents[2]
+PLANTED = TESTS / "core" / "testing" / "planted"
 TABLES = {
     "bad_stores.py": STORES,
     "bad_files.py": FILES,

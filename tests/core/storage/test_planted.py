@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from core.storage_fixtures import DIRECTORY, open_storage, put, reopen, tree
+from core.storage.storage_fixtures import DIRECTORY, open_storage, put, reopen, tree
 from ollm.contracts.blocks import Extent
 from ollm.errors import CacheDirectoryError, StorageError
 from ollm.storage.folder import CacheFolder

@@ -6,8 +6,8 @@ import os
 import shutil
 import time
 
-from core.planted.catching import Table
-from core.planted.sound import HEADER, FileStore
+from core.testing.planted.catching import Table
+from core.testing.planted.sound import HEADER, FileStore
 from ollm.io import shim
 from ollm.plugin import CorruptDataError, KVBlock, SegmentedStore, StorageOptions
 from ollm.testing import KVStoreTests

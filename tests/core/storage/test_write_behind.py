@@ -9,7 +9,7 @@ from concurrent.futures import wait
 
 import pytest
 
-from core.storage_fixtures import get, get_pieces, locations, open_storage, put, read_raw
+from core.storage.storage_fixtures import get, get_pieces, locations, open_storage, put, read_raw
 from ollm.errors import DiskFullError, StorageError
 from ollm.io import shim
 from ollm.storage.options import WRITE_BUFFERS

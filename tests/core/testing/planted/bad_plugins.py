@@ -32,7 +32,7 @@ class First(OffloadPlacement):
 
 
 def build_store(context):
-    from core.planted.sound import {store}
+    from core.testing.planted.sound import {store}
 
     return {store}({argument})
 

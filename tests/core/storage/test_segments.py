@@ -11,7 +11,7 @@ import attrs
 import pytest
 import torch
 
-from core.storage_fixtures import (
+from core.storage.storage_fixtures import (
     block_of,
     file_of,
     flip,

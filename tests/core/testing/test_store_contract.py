@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from core.storage_fixtures import open_storage
+from core.storage.storage_fixtures import open_storage
 from ollm.builtin.chunked import ChunkedStore
 from ollm.builtin.resident import ResidentStore
 from ollm.contracts.kv import KVBlock

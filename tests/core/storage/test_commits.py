@@ -17,7 +17,7 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import given
 
-from core.storage_fixtures import (
+from core.storage.storage_fixtures import (
     DIRECTORY,
     block_of,
     file_of,

@@ -7,7 +7,7 @@ import errno
 import pytest
 import torch
 
-from core.streamed_decoder import CPU, LAYERS, X, make_streamed, make_truth, tiers
+from core.weights.streamed_decoder import CPU, LAYERS, X, make_streamed, make_truth, tiers
 from ollm.errors import MemoryLimitError, WeightsError
 from ollm.io import shim
 from ollm.io.ledger import ledger

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from core.storage_fixtures import DIRECTORY, get, get_pieces, locations, open_storage, put, reopen, tree
+from core.storage.storage_fixtures import DIRECTORY, get, get_pieces, locations, open_storage, put, reopen, tree
 from ollm.contracts.blocks import Extent
 from ollm.errors import DiskFullError, OllmError, StorageError
 from ollm.io import files, shim

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from core.fake_streams import FakeStreams
+from core.io.fake_streams import FakeStreams
 from ollm.io.device_ring import DeviceRing
 from ollm.io.ledger import ledger
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from core.storage_fixtures import DIRECTORY, get, open_storage, process, put, tree
+from core.storage.storage_fixtures import DIRECTORY, get, open_storage, process, put, tree
 from ollm.errors import CacheBusyError, CacheDirectoryError, ConfigurationError, StorageError
 from ollm.storage.folder import CacheFolder
 from ollm.testing.processes import in_child
@@ -161,7 +161,7 @@ def test_a_normal_exit_removes_all_and_that_of_a_forked_child_nothing(tmp_path: 
     script = """
 import os, sys
 from pathlib import Path
-from core.storage_fixtures import get, open_storage, put
+from core.storage.storage_fixtures import get, open_storage, put
 storage = open_storage(Path(sys.argv[1]))
 extent = put(storage, b"x")
 child = os.fork()
@@ -172,7 +172,7 @@ assert get(storage, extent) == b"x"
 print(*sorted(path.name for path in storage.path.iterdir()))
 """
     command = [sys.executable, "-c", script, str(tmp_path)]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout == "lock manifest.json segment-000000.kv\n"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from core.weight_files import random_tensor, write_shard
+from core.weights.weight_files import random_tensor, write_shard
 from ollm.io.buffers import ALIGNMENT, aligned_buffer
 from ollm.weights import layout as layouts
 from ollm.weights.layout import Parameter, Source, WeightLayout

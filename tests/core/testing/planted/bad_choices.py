@@ -8,7 +8,7 @@ from pathlib import Path
 
 from transformers import LlamaConfig
 
-from core.planted.catching import Table
+from core.testing.planted.catching import Table
 from ollm.plugin import ModelAdapter, ModelParts, SpillPlan
 from ollm.testing import ModelAdapterTests, OffloadPlacementTests, SpillPolicyTests
 

@@ -7,14 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from core.golden_files import check_golden, fix_store_id, small_block
+from core.storage.golden_files import check_golden, fix_store_id, small_block
 from ollm.builtin.chunked import ChunkedStore
 from ollm.builtin.resident import ResidentStore
 from ollm.errors import StorageError
 from ollm.plugin import BlockKey, KVBlock
 from ollm.testing import KVStoreTests, PluginTests, store_context, write_blocks
 
-GOLDEN = Path(__file__).parent / "golden"
+GOLDEN = Path(__file__).parents[1] / "storage" / "golden"
 
 
 class TestChunked(KVStoreTests):

@@ -8,7 +8,7 @@ import os
 import pytest
 import torch
 
-from core.weight_files import NAMES, random_tensor, write_shard
+from core.weights.weight_files import NAMES, random_tensor, write_shard
 from ollm.errors import ModelDirectoryError, WeightsError
 from ollm.weights import checkpoint
 from ollm.weights.checkpoint import INDEX, SINGLE, Checkpoint

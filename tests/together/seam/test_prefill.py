@@ -8,7 +8,7 @@ import torch
 from ollm.errors import ConfigurationError
 from together.architectures import TESTED, make
 from together.comparison import assert_close, assert_same, cache_for, generate, stock_cache, tokens
-from together.test_architectures import TENSOR_MODE
+from together.seam.test_architectures import TENSOR_MODE
 from together.tiny_models import FAMILIES
 
 each_family = pytest.mark.parametrize("model", FAMILIES, indirect=True)

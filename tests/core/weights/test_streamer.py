@@ -9,8 +9,8 @@ import weakref
 import pytest
 import torch
 
-from core.fake_streams import FakeStreams
-from core.streamed_decoder import CPU, LAYERS, Decoder, X, make_streamed, make_truth, tiers
+from core.io.fake_streams import FakeStreams
+from core.weights.streamed_decoder import CPU, LAYERS, Decoder, X, make_streamed, make_truth, tiers
 from ollm.errors import WeightsError
 from ollm.io.buffers import aligned_buffer
 from ollm.io.ledger import ledger

@@ -11,7 +11,7 @@ import psutil
 import pytest
 import torch
 
-from core.storage_fixtures import DIRECTORY, get, open_storage, put, tree
+from core.storage.storage_fixtures import DIRECTORY, get, open_storage, put, tree
 from ollm.errors import MemoryLimitError
 from ollm.io import buffers as buffers_module
 from ollm.io import files, shim

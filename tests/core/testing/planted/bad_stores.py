@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import attrs
 
-from core.planted.catching import Table
-from core.planted.sound import MemoryStore, RoundingStore
+from core.testing.planted.catching import Table
+from core.testing.planted.sound import MemoryStore, RoundingStore
 from ollm.plugin import KVBlock, Location, pack, unpack
 from ollm.testing import KVStoreTests
 

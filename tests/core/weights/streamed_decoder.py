@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from core.weight_files import write_shard
+from core.weights.weight_files import write_shard
 from ollm.contracts.offload import Tier
 from ollm.weights.binding import LayerWeights
 from ollm.weights.checkpoint import SINGLE, Checkpoint
