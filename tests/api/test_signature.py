@@ -56,5 +56,5 @@ def test_arguments_may_be_given_in_any_way_that_python_has(tmp_path):
 
 
 def test_an_unknown_argument_names_the_known_ones(tmp_path):
-    with pytest.raises(ConfigurationError, match="no setting 'cache_dri'. Known: cache_dir, cache_strategy, "):
+    with pytest.raises(ConfigurationError, match=r"no setting 'cache_dri'\. Known: cache_dir, cache_strategy, "):
         disk_cache(make_model("llama"), cache_dri=tmp_path)

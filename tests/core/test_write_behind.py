@@ -12,7 +12,7 @@ import pytest
 from core.storage_fixtures import get, open_storage, put
 from ollm.errors import DiskFullError, StorageError
 from ollm.storage import shim
-from ollm.storage.options import WRITE_BUFFERS
+from ollm.storage.options import BUFFERS
 from ollm.testing.faults import FaultyDisk
 
 pytestmark = pytest.mark.timeout(60)
@@ -52,7 +52,7 @@ def storage(tmp_path):
 
 def test_writing_does_not_wait_for_the_disk_until_all_buffers_are_in_use(storage, gate):
     disk = gate()
-    extents = [put(storage, bytes([number]), flush=False) for number in range(WRITE_BUFFERS)]
+    extents = [put(storage, bytes([number]), flush=False) for number in range(BUFFERS)]
     assert storage.stats().bytes_written == 0
     done = []
     writer = threading.Thread(target=lambda: done.append(put(storage, b"one more", flush=False)))
@@ -62,10 +62,10 @@ def test_writing_does_not_wait_for_the_disk_until_all_buffers_are_in_use(storage
     writer.join(30)
     storage.flush()
     assert [get(storage, extent) for extent in [*extents, *done]] == [
-        *(bytes([n]) for n in range(WRITE_BUFFERS)),
+        *(bytes([n]) for n in range(BUFFERS)),
         b"one more",
     ]
-    assert storage.stats().bytes_written == 2 * 4096 * (WRITE_BUFFERS + 1)
+    assert storage.stats().bytes_written == 2 * 4096 * (BUFFERS + 1)
     assert storage.buffer_bytes > 0
 
 
@@ -99,16 +99,16 @@ def test_an_error_of_the_background_is_raised_once_then_tried_again_and_nothing_
 
 def test_when_every_buffer_holds_what_the_disk_refused_the_next_write_says_so(storage, gate):
     disk = gate(errno.EIO)
-    extents = [put(storage, bytes([number]), flush=False) for number in range(WRITE_BUFFERS)]
+    extents = [put(storage, bytes([number]), flush=False) for number in range(BUFFERS)]
     disk.opened.set()
     wait([write.future for write in storage._writes._writes.values()])  # each tells of its failure once
-    for _ in range(WRITE_BUFFERS + 2):
+    for _ in range(BUFFERS + 2):
         with pytest.raises(StorageError, match="Input/output error"):
             put(storage, b"no buffer left", flush=False)
-    assert [get(storage, extent) for extent in extents] == [bytes([number]) for number in range(WRITE_BUFFERS)]
+    assert [get(storage, extent) for extent in extents] == [bytes([number]) for number in range(BUFFERS)]
     disk.code = None
     assert get(storage, put(storage, b"again")) == b"again"
-    assert [get(storage, extent) for extent in extents] == [bytes([number]) for number in range(WRITE_BUFFERS)]
+    assert [get(storage, extent) for extent in extents] == [bytes([number]) for number in range(BUFFERS)]
 
 
 def test_neighbours_of_which_one_is_only_in_memory_are_read_together(storage, gate, monkeypatch):
@@ -138,7 +138,7 @@ def test_what_was_released_before_it_was_written_is_never_written_over_what_come
 def test_closing_gives_up_what_is_not_written_and_waits_for_what_is_being_written(tmp_path, gate):
     storage = open_storage(tmp_path)
     disk = gate()
-    for number in range(WRITE_BUFFERS):
+    for number in range(BUFFERS):
         put(storage, bytes([number]), flush=False)
     closing = threading.Thread(target=storage.close)
     closing.start()

@@ -23,7 +23,7 @@ from ollm.seam.cache import KVCache
 from ollm.seam.geometry import decoder_config
 from ollm.seam.mode import switch_on
 from ollm.storage.folder import RunFolder
-from ollm.storage.options import WRITE_BUFFERS, StorageOptions
+from ollm.storage.options import BUFFERS, StorageOptions
 from ollm.storage.segments import SegmentedStorage
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ def _open_session(plan: CachePlan, undo: ExitStack) -> KVSession:
         folders.append(made.path)
         return made
 
-    def storage(*, write_buffers: int = WRITE_BUFFERS) -> SegmentedStorage:
+    def storage(*, write_buffers: int = BUFFERS) -> SegmentedStorage:
         made = SegmentedStorage(
             folder(),
             strategy=plan.strategy,

@@ -20,7 +20,7 @@ from ollm.plan.checks import check_budget, check_cache_dir, check_lifecycle, che
 from ollm.plan.facts import BlockVerdict, ModelFacts
 from ollm.plan.request import CacheRequest
 from ollm.registry import Kind, Offer, registry
-from ollm.storage.options import BUFFER_BYTES, WRITE_BUFFERS
+from ollm.storage.options import BUFFER_BYTES, BUFFERS
 from ollm.units import format_size
 
 _TRIAL_PIECE_TOKENS = 3
@@ -107,7 +107,7 @@ class CachePlan:
             ),
             activations=self.piece_tokens * self.model.activation_bytes,
             read_buffers=self.spill.read_buffers * BUFFER_BYTES * on_disk,
-            write_buffers=WRITE_BUFFERS * BUFFER_BYTES * on_disk,
+            write_buffers=BUFFERS * BUFFER_BYTES * on_disk,
             resident_host=self.spill.resident_bytes * on_disk,
             resident_device=self.spill.resident_bytes_device * (on_disk and self.facts.lossless and not on_cpu),
         )
@@ -181,8 +181,10 @@ class CachePlan:
             ),
         )
         yield "prompts", f"{self.piece_tokens} tokens at once in each layer, in block mode"
-        free = format_size(self.free.device_free)
-        yield "memory", f"at most {format_size(memory.total)}, of {free} free on {self.model.device}"
+        free = f"{format_size(self.free.host_free)} free"
+        if self.free.device_type != "cpu":
+            free += f" on the host and {format_size(self.free.device_free)} on {self.model.device}"
+        yield "memory", f"at most {format_size(memory.total)}, of {free}"
         for field in attrs.fields(CacheMemory):
             yield f"  {field.name.replace('_', ' ')}", format_size(getattr(memory, field.name))
         for warning in self.warnings:

@@ -7,7 +7,7 @@ import attrs
 from ollm.contracts.options import option
 from ollm.units import ByteSize
 
-WRITE_BUFFERS = 4
+BUFFERS = 4
 """How many records may wait to be written, where a store does not say otherwise."""
 BUFFER_BYTES = 8 * 2**20 + 2**16
 """One read or one write: an extent of up to 8 MiB with its header."""

@@ -35,7 +35,7 @@ from ollm.storage import shim
 from ollm.storage.datafile import DataFile, takes_unbuffered
 from ollm.storage.folder import MANIFEST, RunFolder, segment_name
 from ollm.storage.manifest import Manifest
-from ollm.storage.options import WRITE_BUFFERS, StorageOptions
+from ollm.storage.options import BUFFERS, StorageOptions
 from ollm.storage.records import DTYPE_CODES, STORE_ID_BYTES, record_bytes, record_span
 from ollm.storage.room import check_room, failed_write, reason
 from ollm.storage.segment import Moved, Segment, write_record
@@ -55,7 +55,7 @@ class SegmentedStorage:
         strategy: str,
         options: StorageOptions | None = None,
         parameters: Mapping[str, Any] | None = None,
-        write_buffers: int = WRITE_BUFFERS,
+        write_buffers: int = BUFFERS,
         pinned: bool = False,
     ) -> None:
         """Start empty in `folder` and write the manifest.

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ollm.io.buffers import BufferPool
 from ollm.io.scheduler import IOScheduler
-from ollm.storage.options import BUFFER_BYTES, WRITE_BUFFERS
+from ollm.storage.options import BUFFER_BYTES, BUFFERS
 from ollm.storage.tensors import tensor_bytes
 
 Place = tuple[int, int]
@@ -48,7 +48,7 @@ class WriteBehind:
         scheduler: IOScheduler,
         explain: Callable[[OSError, int], Exception],
         *,
-        count: int = WRITE_BUFFERS,
+        count: int = BUFFERS,
         pinned: bool = False,
     ) -> None:
         """Nothing is being written.

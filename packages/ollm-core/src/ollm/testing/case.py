@@ -16,7 +16,7 @@ from ollm.contracts.options import NoOptions
 from ollm.contracts.spill import KVGeometry, LayerGeometry
 from ollm.contracts.strategy import KVBuildContext
 from ollm.storage.folder import RunFolder
-from ollm.storage.options import WRITE_BUFFERS, StorageOptions
+from ollm.storage.options import BUFFERS, StorageOptions
 from ollm.storage.segments import SegmentedStorage
 from ollm.testing.blocks import Pair, assert_holds, random_block
 from ollm.units import ByteSize
@@ -36,7 +36,7 @@ def store_context(cache_dir: Path, *, options: Any = None, window_tokens: int | 
     """
     limits = options if isinstance(options, StorageOptions) else StorageOptions(min_free_bytes=ByteSize(0))
 
-    def storage(*, write_buffers: int = WRITE_BUFFERS) -> SegmentedStorage:
+    def storage(*, write_buffers: int = BUFFERS) -> SegmentedStorage:
         folder = RunFolder.create(cache_dir, DIRECTORY)
         return SegmentedStorage(folder, strategy="under-test", options=limits, write_buffers=write_buffers)
 
