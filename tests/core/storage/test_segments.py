@@ -36,9 +36,9 @@ from ollm.io import shim
 from ollm.io.buffers import ALIGNMENT, aligned_buffer
 from ollm.io.scheduler import IOScheduler
 from ollm.storage import records
+from ollm.storage.options import WRITE_BUFFERS
 from ollm.storage.segments import SegmentedStorage
 from ollm.storage.tensors import unpack
-from ollm.storage.write_behind import BUFFERS
 from ollm.testing.faults import FAULTS, FaultyDisk
 from ollm.testing.processes import in_child
 
@@ -372,14 +372,17 @@ def test_a_write_that_cannot_be_handed_over_gives_its_place_and_its_buffer_back(
 
     with monkeypatch.context() as patch:
         patch.setattr(IOScheduler, "submit", interrupted)
-        for _ in range(2 * BUFFERS):
+        for _ in range(2 * WRITE_BUFFERS):
             with pytest.raises(error):
                 put(storage, b"lost", flush=False)
     storage.flush()
     assert storage.stats().disk_bytes == file_of(storage).stat().st_size == 8192
-    again = [put(storage, bytes([number]), flush=False) for number in range(2 * BUFFERS)]
+    again = [put(storage, bytes([number]), flush=False) for number in range(2 * WRITE_BUFFERS)]
     assert again[0].location.offset == kept.location.offset + 8192
-    assert [get(storage, extent) for extent in (kept, *again)] == [b"kept", *(bytes([n]) for n in range(2 * BUFFERS))]
+    assert [get(storage, extent) for extent in (kept, *again)] == [
+        b"kept",
+        *(bytes([n]) for n in range(2 * WRITE_BUFFERS)),
+    ]
 
 
 def test_numbers_may_be_asked_for_while_files_are_made(storage: SegmentedStorage) -> None:

@@ -181,8 +181,10 @@ class CachePlan:
             ),
         )
         yield "prompts", f"{self.piece_tokens} tokens at once in each layer, in block mode"
-        free = format_size(self.free.device_free)
-        yield "memory", f"at most {format_size(memory.total)}, of {free} free on {self.model.device}"
+        free = f"{format_size(self.free.host_free)} free"
+        if self.free.device_type != "cpu":
+            free += f" on the host and {format_size(self.free.device_free)} on {self.model.device}"
+        yield "memory", f"at most {format_size(memory.total)}, of {free}"
         for field in attrs.fields(CacheMemory):
             yield f"  {field.name.replace('_', ' ')}", format_size(getattr(memory, field.name))
         for warning in self.warnings:
