@@ -80,7 +80,7 @@ def fail_the_window(patch):
 
 
 STEPS = {
-    "folder": fail("RunFolder.create"),
+    "folder": fail("CacheFolder.create"),
     "storage": fail("SegmentedStorage"),
     "store": fail_building(after=False),
     "store, after its storage": fail_building(after=True),
