@@ -12,7 +12,7 @@ from ollm.builtin.chunked import ChunkedStore
 from ollm.builtin.resident import ResidentStore
 from ollm.errors import StorageError
 from ollm.plugin import BlockKey, KVBlock
-from ollm.testing import KVStoreTests, PluginTests, store_context, write_blocks
+from ollm.testing import KVStoreTests, PluginTests, assert_holds, random_block, store_context, write_blocks
 
 GOLDEN = Path(__file__).parents[1] / "storage" / "golden"
 
@@ -41,6 +41,21 @@ def test_a_dtype_that_the_format_does_not_have_is_refused(tmp_path):
     with pytest.raises(StorageError, match=r"complex64 cannot be stored.*bfloat16"):
         store.write(KVBlock(keys, keys), BlockKey(0, 0, 0, 1, 1))
     assert not store.storage.holds(0)
+    store.close()
+
+
+def test_what_nobody_adopts_takes_no_room(tmp_path):
+    """Not even in files that hold nothing else, and that no later record may ever go to."""
+    store = ChunkedStore(store_context(tmp_path, keep=True).storage())
+    kept = write_blocks(store, [random_block(5)], layer=0)
+    for layer in range(1, 4):
+        write_blocks(store, [random_block(5)], layer=layer)
+    store.storage.flush()
+    store.close()
+    store = ChunkedStore(store_context(tmp_path, keep=True).storage())
+    store.adopt(kept)
+    assert [path.name for path in store.storage.path.glob("segment-*")] == ["segment-000000.kv"]
+    assert_holds(store, kept, [random_block(5)])
     store.close()
 
 

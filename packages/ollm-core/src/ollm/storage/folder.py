@@ -30,7 +30,7 @@ TAG = "CACHEDIR.TAG"
 _TAG_TEXT = b"Signature: 8a477f597d28d172789f06886806bc55\n# Keys and values of ollm, private to their owner.\n"
 _RUN = re.compile(r"run-[0-9a-f]{16}")
 _SEGMENT = re.compile(r"segment-\d{6}\.kv")
-_KNOWN_FILE = re.compile(r"lock|manifest\.json(\.tmp)?|segment-\d{6}\.kv|store-[A-Za-z0-9._-]+")
+_KNOWN_FILE = re.compile(rf"lock|manifest\.json(\.tmp)?|{_SEGMENT.pattern}|store-[A-Za-z0-9._-]+")
 _ROOT_LOCK_SECONDS = 30.0
 _OTHERS_MAY_WRITE = stat.S_IWGRP | stat.S_IWOTH
 

@@ -207,6 +207,6 @@ def _tokens(*shape: int, seed: int = 0) -> Tensor:
 
 def _generate(model: Any, ids: Tensor, cache: Any, **settings: Any) -> Any:
     return model.generate(
-        ids, past_key_values=cache, max_new_tokens=20, do_sample=False, return_dict_in_generate=True,
+        ids, past_key_values=cache, max_new_tokens=12, do_sample=False, return_dict_in_generate=True,
         output_logits=True, **settings,
     )  # fmt: skip

@@ -61,10 +61,12 @@ class _StoreMachine(RuleBasedStateMachine):
         extents = write_blocks(self.store, blocks, layer=layer, branch=branch, start=start)
         rows += map(_Kept, extents, blocks)
 
-    @rule(layer=_LAYERS, branch=_BRANCHES, tokens=st.integers(0, 30))
-    def crop(self, layer: int, branch: int, tokens: int) -> None:
-        """Keep the first tokens, wherever that cuts; a reader still holds what is dropped."""
+    @precondition(lambda self: any(self.table.values()))
+    @rule(layer=_LAYERS, branch=_BRANCHES, gone=st.integers(1, 20))
+    def crop(self, layer: int, branch: int, gone: int) -> None:
+        """The last tokens go, wherever that cuts; a reader still holds what is dropped."""
         rows = self._rows(layer, branch)
+        tokens = rows[-1].extent.stop - gone if rows else 0
         keep = sum(kept.extent.start < tokens for kept in rows)
         self.dropped += rows[keep:]
         del rows[keep:]
@@ -73,6 +75,7 @@ class _StoreMachine(RuleBasedStateMachine):
             cut = attrs.evolve(last.extent, visible=tokens - last.extent.start)
             rows[-1] = attrs.evolve(last, extent=cut)
 
+    @precondition(lambda self: any(len(rows) > 1 for rows in self.table.values()))
     @rule(layer=_LAYERS, branch=_BRANCHES, count=st.integers(1, 3))
     def evict(self, layer: int, branch: int, count: int) -> None:
         """The oldest leave the window, never the newest one."""
@@ -81,6 +84,7 @@ class _StoreMachine(RuleBasedStateMachine):
         self.dropped += gone
         del rows[: len(gone)]
 
+    @precondition(lambda self: any(self.table.values()))
     @rule(branch=_BRANCHES)
     def forget_branch(self, branch: int) -> None:
         """A fork was closed."""
@@ -95,7 +99,7 @@ class _StoreMachine(RuleBasedStateMachine):
         self.store.free([kept.extent.location for kept in self.dropped])
         self.dropped = []
 
-    @precondition(lambda self: self.goes_on)
+    @precondition(lambda self: self.goes_on and any(self.table.values()))
     @rule()
     def reopen(self) -> None:
         """Another process goes on with what is in the table; what was dropped is gone."""
