@@ -74,8 +74,8 @@ class KVBlock:
 
 @attrs.frozen(cache_hash=True)
 class BlockKey:
-    """Which block it is that a store writes. No two that a table has at a time have the same key; but a reader may still
-    hold one that was dropped when another is written under its key."""
+    """Which block it is that a store writes. No two that a table has at a time have the same key; but a reader may
+    still hold one that was dropped when another is written under its key."""
 
     layer: int
     """Of the model."""
