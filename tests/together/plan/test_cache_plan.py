@@ -102,7 +102,7 @@ def test_what_it_says_of_memory_and_disk_is_true_of_the_cache(model, tmp_path):
         assert claims["Write buffers"] == made.memory.write_buffers
         state = cache.state()
         assert state.directory.parent == made.directory
-        assert cache.piece_rows == made.piece_tokens
+        assert cache.piece_tokens == made.piece_tokens
         model(torch.arange(tokens)[None] % 100, past_key_values=cache)
         cache._session.store.storage.flush()
         stored = [history.stored_tokens for history in cache._stored.values()]

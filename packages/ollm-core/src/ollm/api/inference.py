@@ -85,7 +85,7 @@ class _Native:
             NotLoadedError: before a model is loaded.
             ConfigurationError, CacheDirectoryError, MemoryLimitError: as `ollm.disk_cache`.
         """
-        self._check_loaded("DiskCache").settle()  # weights come first, keys and values plan with the rest
+        self._check_loaded("DiskCache").decide()  # weights come first, keys and values plan with the rest
         with (
             self._meter.paused() if self._meter else nullcontext(),  # a trial run is not a generation
             self._streamer.standing_in() if self._streamer else nullcontext(),  # and needs no layer's own weights
@@ -103,7 +103,7 @@ class _Native:
         if self.placement is None or not self.placement.streamed_bytes:
             return
         free = ledger.measure(self.device).device_free
-        tokens = longest_prompt(decoder_config(self.model), self.model.dtype, cache.piece_rows, free)
+        tokens = longest_prompt(decoder_config(self.model), self.model.dtype, cache.piece_tokens, free)
         cache.changes.make(functools.partial(bound_prompts, self.model, tokens))
 
     def offload_layers_to_cpu(self, layers_num: int, policy: str = "auto") -> PlacementRecord:

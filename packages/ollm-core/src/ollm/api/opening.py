@@ -69,7 +69,7 @@ def open_cache(plan: CachePlan, model: nn.Module, progress: Callable[[PrefillPro
             mode_reason=plan.mode_reason,
         )
         undo.pop_all()
-    cache.piece_rows, cache.progress = (plan.piece_tokens if plan.pieces else None), progress
+    cache.piece_tokens, cache.progress = (plan.piece_tokens if plan.pieces else None), progress
     return cache
 
 

@@ -28,7 +28,7 @@ class Placer:
         if streamer is not None:
             streamer.before_first = self._fit
 
-    def settle(self) -> None:
+    def decide(self) -> None:
         """Let `fit` decide now if nothing was decided yet.
 
         Raises:

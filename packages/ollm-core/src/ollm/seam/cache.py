@@ -65,7 +65,7 @@ class KVCache(Cache):
         self._blocks: bool = origin._blocks if origin else switch_on is not None
         self.changes = ChangesFor(self)  # what is done to the model while the cache is open; a fork does the same
         self._mode_reason = mode_reason
-        self.piece_rows: int | None = None
+        self.piece_tokens: int | None = None
         """The longest piece of a prompt that a layer takes at once; `None` for all of it."""
         self.progress: Callable[[PrefillProgress], None] | None = None
         """Called after every piece of every layer of a prefill."""
@@ -187,7 +187,7 @@ class KVCache(Cache):
             self._config, self._session, spill_policy=self._spill_policy, lossless=self._lossless,
             mode_reason=self._mode_reason, origin=self,
         )  # fmt: skip
-        fork.piece_rows, fork.progress = self.piece_rows, self.progress
+        fork.piece_tokens, fork.progress = self.piece_tokens, self.progress
         try:
             for index, layer in enumerate(self.layers):
                 if index not in self._stored:

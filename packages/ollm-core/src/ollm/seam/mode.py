@@ -99,7 +99,7 @@ def _probe(model: Any, make_cache: Callable[[], KVCache], layers: Sequence[Any])
             undo = switch_on(model, layers)
             try:
                 with make_cache() as cache:
-                    cache.piece_rows = PROBE_ROWS
+                    cache.piece_tokens = PROBE_ROWS
                     blocks = _run(model, cache)
             finally:
                 undo()

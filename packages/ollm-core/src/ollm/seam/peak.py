@@ -17,17 +17,17 @@ _SHARE = 2
 """A prompt may take one part in so many of what is free; the rest is for keys and values that stay in memory."""
 
 
-def prefill_bytes(config: Any, dtype: Any, tokens: int, rows: int | None) -> int:
+def prefill_bytes(config: Any, dtype: Any, tokens: int, piece: int | None) -> int:
     """About the most memory that a prefill takes above weights and what the cache keeps resident.
 
     Args:
         config: of the text decoder.
         dtype: of the activations.
         tokens: of all rows of the prompt that go through in one forward pass.
-        rows: how many tokens a layer takes at once (`KVCache.piece_rows`); `None` for all of them.
+        piece: how many tokens a layer takes at once (`KVCache.piece_tokens`); `None` for all of them.
     """
-    piece = min(tokens, rows or tokens) * activation_bytes(config, dtype.itemsize)
-    return tokens * _bytes_per_token(config, dtype) + piece
+    activations = min(tokens, piece or tokens) * activation_bytes(config, dtype.itemsize)
+    return tokens * _bytes_per_token(config, dtype) + activations
 
 
 def longest_prompt(config: Any, dtype: Any, rows: int | None, free_bytes: int) -> int:
@@ -35,10 +35,10 @@ def longest_prompt(config: Any, dtype: Any, rows: int | None, free_bytes: int) -
     budget = free_bytes // _SHARE
     per_token = _bytes_per_token(config, dtype)
     activations = activation_bytes(config, dtype.itemsize)
-    if rows is None or budget < rows * (per_token + activations):
+    if piece is None or budget < piece * (per_token + activations):
         tokens = budget // (per_token + activations)
     else:
-        tokens = (budget - rows * activations) // per_token
+        tokens = (budget - piece * activations) // per_token
     return int(max(tokens, _FEWEST_TOKENS))
 
 

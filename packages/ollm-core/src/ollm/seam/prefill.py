@@ -48,14 +48,14 @@ class _Pieces:
             return forward(hidden_states, *args, **kwargs)
         # a mask tensor of queries times keys has no second dimension of tokens, and exists as a whole anyway
         has_mask_tensor = any(isinstance(value, Tensor) and value.dim() == 4 for value in (*args, *kwargs.values()))
-        rows = tokens if has_mask_tensor else cache.piece_rows or tokens
+        piece_tokens = tokens if has_mask_tensor else cache.piece_tokens or tokens
         outputs = []
         try:
             with cache.held(index):
-                for low in range(0, tokens, rows):
-                    high = min(low + rows, tokens)
+                for low in range(0, tokens, piece_tokens):
+                    high = min(low + piece_tokens, tokens)
                     cache.piece = (low, tokens)
-                    piece = _Slice(low, high, tokens) if rows < tokens else _whole
+                    piece = _Slice(low, high, tokens) if piece_tokens < tokens else _whole
                     outputs.append(forward(*piece((hidden_states, *args)), **piece(kwargs)))
                     self._report(index, high, tokens, cache)
         finally:
