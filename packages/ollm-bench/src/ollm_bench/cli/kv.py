@@ -70,7 +70,9 @@ def kv(
     json_file: Json = None,
     plot: Plot = None,
 ) -> None:
-    """Measure decoding from disk: each KV strategy, transformers' caches in memory, and the disk alone.
+    """Measure what keys and values on disk cost.
+
+    Compares each KV strategy with transformers' caches in memory and with the disk alone.
 
     Every case runs in its own process, on the CPU. A case that cannot fit is refused and the others go on. Exit code 1
     when a case was killed or failed.

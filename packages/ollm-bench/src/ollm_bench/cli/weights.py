@@ -66,8 +66,10 @@ def weights(
     json_file: Json = None,
     plot: Plot = None,
 ) -> None:
-    """Measure weights from disk: ollm with no layer, some, and what fits resident; transformers in memory,
-    memory-mapped, and with accelerate's disk offload; and the disk alone.
+    """Measure what weights on disk cost.
+
+    Compares ollm with no layer, some, and what fits resident with transformers in memory, memory-mapped, and with
+    accelerate's disk offload, and with the disk alone.
 
     Every case runs in its own process, on the CPU. A case that cannot fit is refused and the others go on. Exit code 1
     when a case was killed or failed.
