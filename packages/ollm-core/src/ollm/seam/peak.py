@@ -30,7 +30,7 @@ def prefill_bytes(config: Any, dtype: Any, tokens: int, piece: int | None) -> in
     return tokens * _bytes_per_token(config, dtype) + activations
 
 
-def longest_prompt(config: Any, dtype: Any, rows: int | None, free_bytes: int) -> int:
+def longest_prompt(config: Any, dtype: Any, piece: int | None, free_bytes: int) -> int:
     """How many tokens may go through in one forward pass, given what is free."""
     budget = free_bytes // _SHARE
     per_token = _bytes_per_token(config, dtype)
