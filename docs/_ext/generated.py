@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 _PLUGIN_GROUPS: dict[str, tuple[str, ...]] = {
     "Entry modules": ("API_VERSION", "hookimpl", "Strategy", "KVFacts", "BuildContext", "KVBuildContext"),
     "Options and sizes": ("option", "NoOptions", "StorageOptions", "ByteSize", "parse_size", "format_size"),
-    "KV stores": ("KVStore", "Extent", "KVBlock", "StoreStats", "Commit"),
-    "Storage helpers": ("RunFolder", "SegmentedStorage", "SegmentedStore", "LayerLayout", "unpack"),
+    "KV stores": ("KVStore", "KVBlock", "BlockKey", "Location", "Extent", "KVLayout", "StoreStats", "pack", "unpack"),
+    "Stores on disk": ("SegmentedStore", "Storage", "Folder"),
     "Spill policies": ("SpillPolicy", "SpillPlan", "KVGeometry", "LayerGeometry", "MemorySnapshot"),
     "Offload placements": ("OffloadPlacement",),
     "Model adapters": ("ModelAdapter", "ModelParts"),

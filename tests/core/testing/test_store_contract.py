@@ -5,29 +5,30 @@ from __future__ import annotations
 import pytest
 import torch
 
-from core.storage.storage_fixtures import open_storage
 from ollm.builtin.chunked import ChunkedStore
 from ollm.builtin.resident import ResidentStore
-from ollm.contracts.kv import KVBlock
+from ollm.contracts.blocks import KVBlock, Location
 from ollm.contracts.spill import SpillPlan
 from ollm.errors import StoreContractError
 from ollm.kv.history import LayerHistory
 from ollm.kv.session import KVSession
+from ollm.testing import store_context
 
 
-class Forgetful(ChunkedStore):
-    def append(self, layer, keys, values):
-        """Keeps nothing."""
+class Silent(ChunkedStore):
+    def write(self, block, key):
+        """Says nothing."""
 
 
-class Halving(ChunkedStore):
-    def append(self, layer, keys, values):
-        super().append(layer, keys[:, :, ::2], values[:, :, ::2])
+class SaysWhereItBegins(ChunkedStore):
+    def write(self, block, key):
+        return super().write(block, key).offset
 
 
-class Stubborn(ChunkedStore):
-    def truncate(self, layer, length):
-        """Drops nothing."""
+class LessThanNothing(ChunkedStore):
+    def write(self, block, key):
+        super().write(block, key)
+        return Location(-1)
 
 
 class ShortReading(ResidentStore):
@@ -37,6 +38,12 @@ class ShortReading(ResidentStore):
 
 class ShortReadingElsewhere(ShortReading):
     in_memory = False
+
+
+class Halving(ChunkedStore):
+    def decode(self, extent, raw, out):
+        block = super().decode(extent, raw, out)
+        return KVBlock(block.keys[:, :, ::2], block.values[:, :, ::2])
 
 
 class WrongDtype(ChunkedStore):
@@ -54,23 +61,23 @@ class Swapping(ChunkedStore):
 @pytest.mark.parametrize(
     ("store_type", "message"),
     [
-        (Forgetful, r"after append\(\) of 10 tokens at 0 to layer 0, extents\(\) lists nothing"),
-        (Halving, r"after append\(\) of 10 tokens at 0 to layer 0, extents\(\) lists Extent\(.*tokens=5"),
-        (Stubborn, r"after truncate\(0, 0\), extents\(\) lists 1 extents instead of 0"),
-        (ShortReading, r"read\(\) of Extent\(.*gave \d+ elements"),
-        (ShortReadingElsewhere, r"read\(\) of Extent\(.*gave \d+ elements"),
-        (WrongDtype, r"decode\(\) of Extent\(.*gave keys .*float64, expected .*float32"),
-        (Swapping, r"decode\(\) of Extent\(.*gave keys \(2, 2, 10, 3\).*expected \(2, 2, 10, 4\)"),
+        (Silent, r"write\(\) of 10 tokens at 0 of layer 0 gave None; it must give the Location"),
+        (SaysWhereItBegins, r"write\(\) of 10 tokens at 0 of layer 0 gave 4096; it must give the Location"),
+        (LessThanNothing, r"write\(\) of 10 tokens at 0 of layer 0 gave Location\(nbytes=-1"),
+        (ShortReading, r"read\(\) of layer 0, tokens 0..10 gave \d+ elements"),
+        (ShortReadingElsewhere, r"read\(\) of layer 0, tokens 0..10 gave \d+ elements"),
+        (Halving, r"decode\(\) of layer 0, tokens 0..10 gave keys \(2, 2, 5, 4\).*expected \(2, 2, 10, 4\)"),
+        (WrongDtype, r"decode\(\) of layer 0, tokens 0..10 gave keys .*float64, expected .*float32"),
+        (Swapping, r"decode\(\) of layer 0, tokens 0..10 gave keys \(2, 2, 10, 3\).*expected \(2, 2, 10, 4\)"),
     ],
 )
 def test_a_store_that_breaks_the_contract_is_caught(tmp_path, store_type, message):
     plan = SpillPlan(flush_tokens=5, flush_bytes=2**30)
-    store = store_type(open_storage(tmp_path)) if issubclass(store_type, ChunkedStore) else store_type()
+    store = store_type(store_context(tmp_path).storage()) if issubclass(store_type, ChunkedStore) else store_type()
     session = KVSession(store, plan, strategy="test", layers=[0])
     layer = LayerHistory(0, session)
     keys, values = torch.ones(2, 2, 10, 4), torch.ones(2, 2, 10, 3)
     with pytest.raises(StoreContractError, match=f"KV store 'test': {message}"):
         layer.append(keys, values)
         layer.gather(keys, values)
-        layer.crop(0)
     session.close()

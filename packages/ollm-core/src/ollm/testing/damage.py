@@ -173,7 +173,7 @@ def _fill(case: StoreCase, store: KVStore) -> dict[Extent, KVBlock]:
 
 def _places(size: int) -> list[int]:
     """Some places of a file: at its beginning, everywhere, and the last byte."""
-    return sorted({*_spread(0, min(size, 64), _PLACES // 2), *_spread(0, size, _PLACES), size - 1} if size else ())
+    return sorted({*_spread(0, min(size, 64), _PLACES), *_spread(0, size, _PLACES), size - 1} if size else ())
 
 
 def _spread(start: int, stop: int, count: int) -> range:
