@@ -68,7 +68,7 @@ def depth(times: int) -> int:
     return max(times * settings.get_profile(settings.get_current_profile_name()).max_examples // 100, 1)
 
 
-def settle(store: KVStore) -> None:
+def flush_writes(store: KVStore) -> None:
     """Wait until what was written is on the disk."""
     if store.storage is not None:
         store.storage.flush()
