@@ -69,7 +69,7 @@ def test_a_header_that_is_asked_for_is_accepted() -> None:
     check_payload(memoryview(PAYLOAD), found)
 
 
-@pytest.mark.parametrize("payload", [PAYLOAD, bytes(3 * 2**16 + 5), b""], ids=["one piece", "four", "none"])
+@pytest.mark.parametrize("payload", [PAYLOAD, bytes(3 * 2**15 + 5), b""], ids=["one piece", "four", "none"])
 def test_every_flipped_bit_of_the_header_block_is_noticed(payload: bytes) -> None:
     block, asked = header_block(payload), begins(location=attrs.evolve(LOCATION, nbytes=len(payload)))
     view = memoryview(block)
@@ -114,7 +114,7 @@ def test_another_version_or_magic_is_refused_even_with_a_good_checksum(offset: i
         check_header(memoryview(with_good_checksum(block)), begins())
 
 
-@pytest.mark.parametrize("length", [0, 2**16 + 1, 2**40, 2**62, 2**62 + 1, 2**63, 2**64 - 1])
+@pytest.mark.parametrize("length", [0, 2**15 + 1, 2**40, 2**62, 2**62 + 1, 2**63, 2**64 - 1])
 def test_a_header_whose_length_is_a_lie_is_refused(length: int) -> None:
     """However many hashes there would be, none is looked for outside of the header block."""
     block = header_block()
@@ -126,19 +126,19 @@ def test_a_header_whose_length_is_a_lie_is_refused(length: int) -> None:
 
 def pieces_of(length: int) -> tuple[int, int]:
     """Bytes that share a hash, and how many there are: told in another way than the code does."""
-    size = next(2**bits for bits in range(16, 64) if -(-length // 2**bits) <= MOST_HASHES)
+    size = next(2**bits for bits in range(15, 64) if -(-length // 2**bits) <= MOST_HASHES)
     return size, -(-length // size)
 
 
 @pytest.mark.parametrize(
     "length",
-    [0, 1, 2**16, 2**16 + 1, MOST_HASHES * 2**16, MOST_HASHES * 2**16 + 1, 32 * 2**20, 2**30 + 7, 2**45, 2**62],
+    [0, 1, 2**15, 2**15 + 1, MOST_HASHES * 2**15, MOST_HASHES * 2**15 + 1, 32 * 2**20, 2**30 + 7, 2**45, 2**62],
 )
 def test_pieces_are_as_small_as_the_header_block_takes(length: int) -> None:
     size, count = pieces_of(length)
     assert records.piece_bytes(length) == size
     assert 68 + 8 * count + 8 <= ALIGNMENT
-    assert size == 2**16 or 68 + 8 * -(-length // (size // 2)) + 8 > ALIGNMENT, "half of it would do"
+    assert size == 2**15 or 68 + 8 * -(-length // (size // 2)) + 8 > ALIGNMENT, "half of it would do"
 
 
 @given(st.integers(0, 2**62))
@@ -146,7 +146,7 @@ def test_the_hashes_of_any_payload_fit(length: int) -> None:
     assert records.piece_bytes(length) == pieces_of(length)[0]
 
 
-@pytest.mark.parametrize(("length", "size"), [(1, 2**16), (3 * 2**16 - 1, 2**16), (MOST_HASHES * 2**16 + 1, 2**17)])
+@pytest.mark.parametrize(("length", "size"), [(1, 2**15), (3 * 2**15 - 1, 2**15), (MOST_HASHES * 2**15 + 1, 2**16)])
 def test_each_piece_has_its_hash_behind_the_fields(length: int, size: int) -> None:
     payload = torch.randint(256, (length,), dtype=torch.uint8).numpy().tobytes()
     block = header_block(payload)

@@ -396,7 +396,7 @@ def test_numbers_may_be_asked_for_while_files_are_made(storage: SegmentedStorage
     assert storage.stats().disk_bytes == 200 * 8192
 
 
-PIECE = 2**16
+PIECE = 2**15
 
 
 @pytest.fixture

@@ -99,11 +99,11 @@ def test_a_part_of_what_the_disk_refused_comes_from_memory(storage, gate):
     disk.opened.set()
     with pytest.raises(StorageError):
         storage.flush()
-    for start, stop in ((0, 1), (2**16 - 1, 2**16 + 1), (2**16, len(payload))):
+    for start, stop in ((0, 1), (2**15 - 1, 2**15 + 1), (2**15, len(payload))):
         assert get_pieces(storage, extent, start, stop) == payload[start:stop]
     disk.code = None
     storage.raise_failed()
-    assert get_pieces(storage, extent, 2**16, 2**16 + 9) == payload[2**16 : 2**16 + 9], "from the disk"
+    assert get_pieces(storage, extent, 2**15, 2**15 + 9) == payload[2**15 : 2**15 + 9], "from the disk"
     assert disk.operations.count("pread_into") == 1
 
 
