@@ -1,6 +1,11 @@
 """Profiles of Hypothesis: `make test` is quick, `make nightly` looks longer. Tests marked `gpu` need one."""
 
+import os
 import threading
+
+# before torch is imported, here and in children: tiny tensors gain nothing from threads, and several processes whose
+# threads wait for each other cost much
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 from hypothesis import settings
