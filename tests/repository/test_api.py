@@ -152,7 +152,12 @@ def test_no_public_name_changed_in_a_way_that_breaks_its_users(released):
             "        tokens: int,",
             "contracts.spill.SpillPlan.for_memory",
         ),
-        ("factory.py", "    mode: str = ", "    way: str = ", "factory.disk_cache"),
+        (
+            "api/inference.py",
+            "        adapter_dir: str",
+            "        peft_dir: str",
+            "api.inference.AutoInference.__init__",
+        ),
     ],
 )
 def test_a_breaking_change_is_found(released, tmp_path, file, before, after, path):

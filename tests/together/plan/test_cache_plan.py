@@ -105,7 +105,7 @@ def test_what_it_says_of_memory_and_disk_is_true_of_the_cache(model, tmp_path):
         assert cache.piece_tokens == made.piece_tokens
         model(torch.arange(tokens)[None] % 100, past_key_values=cache)
         cache._session.store.storage.flush()
-        stored = [history.stored_tokens for history in cache._stored.values()]
+        stored = [history.table.tokens for history in cache._stored.values()]
         state = cache.state()
         expected = stored[0] * made.disk_bytes_per_token
         records = len(stored) * stored[0] / made.spill.flush_tokens

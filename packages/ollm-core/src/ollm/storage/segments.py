@@ -94,6 +94,7 @@ class SegmentedStorage(Storage):
         self._owner = os.getpid()
         self._moved = Moved()
         self._unsynced = False  # whether an fsync failed
+        self._adopted = folder.is_new
         new = Manifest(
             lifecycle="persistent" if folder.kept else "runtime-scoped", strategy=strategy,
             store_id=secrets.token_bytes(STORE_ID_BYTES).hex(), parameters=dict(parameters or {}),
@@ -145,6 +146,10 @@ class SegmentedStorage(Storage):
         encoded: Sequence[Tensor] | None = None,
     ) -> Location:
         self.raise_failed()
+        if not self._adopted:
+            raise StoreContractError(
+                f"{self.path} holds records: adopt those that are to stay before anything is written."
+            )
         layout = block.layout
         if layout.dtype_name not in DTYPE_CODES:
             raise StorageError(
@@ -242,6 +247,7 @@ class SegmentedStorage(Storage):
                 for location in locations:
                     self._segments[number].take(location, committed=checksums.get(location))
                 self._segments[number].let_go(())
+        self._adopted = True
 
     def _check_places(self, number: int, locations: Sequence[Location]) -> None:
         """Whether records can be where they are said to be in a file that is there."""
