@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-PACKAGES := ollm-core ollm-kv-paged ollm-kv-journal ollm-kv-quant ollm-offload
+PACKAGES := ollm-core ollm-kv-paged ollm-kv-journal ollm-kv-quant ollm-offload ollm-bench
 SOURCES := $(PACKAGES:%=packages/%/src)
 
 .PHONY: help setup demo test survey nightly lint types imports docs wheels check clean
@@ -28,13 +28,13 @@ demo: setup
 	$(BIN)/python demo/run.py
 
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto
 
 survey: setup
 	PYTHONPATH=tests $(BIN)/python -m together.survey
 
 nightly: setup
-	$(BIN)/python -m pytest --hypothesis-profile=nightly
+	$(BIN)/python -m pytest -n auto --hypothesis-profile=nightly
 
 lint: setup
 	$(BIN)/ruff check .

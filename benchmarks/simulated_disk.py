@@ -20,10 +20,10 @@ from unittest import mock
 import torch
 
 from ollm import disk_cache
-from ollm.bench.contexts import decode_one, fill_by_pieces, random_keys_and_values
-from ollm.bench.kv.models import make_model, synthetic_geometry
 from ollm.io import shim
 from ollm.storage import segment
+from ollm_bench.contexts import decode_one, fill_by_pieces, random_keys_and_values
+from ollm_bench.kv.models import make_model, synthetic_geometry
 
 TOKENS, PIECE = 32768, 4096
 RATES = (1.8e9, 2.4e9, 3.2e9)

@@ -1,5 +1,12 @@
 """Profiles of Hypothesis: `make test` is quick, `make nightly` looks longer. Tests marked `gpu` need one."""
 
+import os
+import threading
+
+# before torch is imported, here and in children: tiny tensors gain nothing from threads, and several processes whose
+# threads wait for each other cost much
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import pytest
 from hypothesis import settings
 
@@ -17,3 +24,14 @@ def pytest_collection_modifyitems(items):
     if not torch.cuda.is_available():
         for item in marked:
             item.add_marker(pytest.mark.skip(reason="no CUDA device here"))
+
+
+@pytest.fixture
+def workers(monkeypatch):
+    """`workers()`: the threads that were started for disks since the test began; what other tests left in this process
+    is not counted, nor used."""
+    from ollm.io import scheduler
+
+    monkeypatch.setattr(scheduler, "_schedulers", {})
+    before = set(threading.enumerate())
+    return lambda: [thread for thread in set(threading.enumerate()) - before if thread.name.startswith("ollm-io")]

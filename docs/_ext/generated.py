@@ -34,10 +34,10 @@ _PLUGIN_GROUPS: dict[str, tuple[str, ...]] = {
     "Spill policies": ("SpillPolicy", "SpillPlan", "KVGeometry", "LayerGeometry", "MemorySnapshot"),
     "Offload placements": ("OffloadPlacement",),
     "Model adapters": ("ModelAdapter", "ModelParts"),
+    "Commands": ("Command", "strategies", "kv_geometry", "measure_memory"),
     "Errors": (
         "OllmError", "ConfigurationError", "StorageError", "CorruptDataError", "DiskFullError", "NonFiniteError",
-        "StoreContractError",
-        "UnsupportedOperationError",
+        "StoreContractError", "UnsupportedOperationError", "MissingExtraError",
     ),
 }  # fmt: skip
 """Every name of `ollm.plugin.__all__`, in the order in which an author of a plugin meets it."""
@@ -65,7 +65,7 @@ def hooks() -> str:
     parts = []
     for name, spec in specs:
         signature = str(inspect.signature(spec)).replace("collections.abc.", "").replace("ollm.contracts.", "")
-        signature = re.sub(r"\b(?:strategy|kv|spill|offload|models)\.(?=[A-Z])", "", signature)
+        signature = re.sub(r"\b(?:strategy|kv|spill|offload|models|commands)\.(?=[A-Z])", "", signature)
         parts.append(f"## `{name}`\n\n```python\ndef {name}{signature}: ...\n```\n\n{inspect.getdoc(spec)}\n")
     return "\n".join(parts).replace("```python\ndef", "<!-- not run: a signature -->\n```python\ndef")
 

@@ -13,7 +13,7 @@ from ollm.registry import Registry
 from ollm.registry.discovery import discover
 
 PRELUDE = """
-from ollm.plugin import KVFacts, Strategy, hookimpl
+from ollm.plugin import Command, KVFacts, Strategy, hookimpl
 
 ollm_api_version = 1
 LOSSLESS = KVFacts(lossless=True)
@@ -49,7 +49,9 @@ class Installer:
 
     def registry(self) -> Registry:
         """What discovery makes of core, of `ollm-offload` if it is there, and of what was installed here."""
-        return Registry(tuple(report for report in discover() if not report.distribution.startswith("ollm-kv-")))
+        return Registry(
+            tuple(report for report in discover() if not report.distribution.startswith(("ollm-kv-", "ollm-bench")))
+        )
 
     def report(self, distribution: str):
         """The report on one distribution; the rest must be sound."""

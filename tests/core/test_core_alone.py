@@ -10,8 +10,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from ollm import disk_cache
-from ollm.adapters import find_adapter
-from ollm.placement import Placer
+from ollm.api.placement import Placer
+from ollm.models.adapters import find_adapter
 from ollm.seam.loading import load_config, load_model
 
 
@@ -49,7 +49,7 @@ def test_weights_are_streamed_and_fit_places_them(model, tmp_path, monkeypatch):
     ids = torch.randint(3, 101, (2, 20))
     with torch.no_grad():
         placer = Placer(streamer, [], cpu)
-        monkeypatch.setattr("ollm.placement.fit_budget", lambda sizes, device: sizes[0])
+        monkeypatch.setattr("ollm.plan.placement.fit_budget", lambda sizes, room, slots: sizes[0])
         assert torch.equal(ours(ids).logits, model(ids).logits)
         assert sorted(placer.record.tiers) == ["device", "disk"]
     streamer.remove()

@@ -7,12 +7,15 @@ from unittest import mock
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import Gemma3TextConfig, LlamaConfig, LlamaForCausalLM
 
 from ollm import disk_cache
-from ollm.errors import PluginError, StorageError
+from ollm.errors import AmbiguousStrategyError, PluginError, StorageError, UnknownStrategyError
 from ollm.plugin import (
     API_VERSION,
+    BlockKey,
+    ConfigurationError,
+    Extent,
     Folder,
     KVBuildContext,
     KVFacts,
@@ -20,16 +23,19 @@ from ollm.plugin import (
     Storage,
     StorageOptions,
     Strategy,
+    kv_geometry,
+    measure_memory,
+    strategies,
 )
 from ollm.registry import Kind, Offer, PluginReport, Status, catalog, registry
-from ollm.testing import assert_holds, random_block, read_extent, store_context, write_blocks
+from ollm.testing import random_block, read_extent, store_context
 
 
 class OneSegment(SegmentedStore):
-    """All that a store on disk need say."""
+    """All that a store on disk must say."""
 
-    def file(self, key, layout):
-        return "the only one"
+    def place(self, key, layout):
+        return 3, None
 
 
 @pytest.fixture
@@ -139,14 +145,55 @@ def test_a_folder_that_is_dropped_goes(tmp_path):
 def test_a_store_on_disk_is_one_method(tmp_path):
     store = OneSegment(store_context(tmp_path).storage())
     assert isinstance(store.storage, Storage)
-    blocks = [random_block(5, seed=seed) for seed in (1, 2)]
-    extents = [write_blocks(store, [block], layer=layer)[0] for layer, block in enumerate(blocks)]
-    assert_holds(store, extents, blocks)
-    assert {extent.location.segment for extent in extents} == {0}
-    assert torch.equal(read_extent(store, extents[1]).keys, blocks[1].keys)
+    written = []
+    for number in range(2):
+        block, key = random_block(5, seed=number), BlockKey(0, 0, 5 * number, 5, 2)
+        written.append((Extent.of(key, block.layout, store.write(block, key)), block))
+    for extent, block in written:
+        assert extent.location.segment == 3
+        found = read_extent(store, extent)
+        assert found.keys.equal(block.keys) and found.values.equal(block.values)
     store.close()
 
 
 def test_the_version_that_plugins_state(installer):
     installer.install("acme", "ollm_api_version = 99\n")
     assert f"was written for API version 99, this ollm-core speaks {API_VERSION}" in installer.report("acme").reason
+
+
+def test_installed_strategies_by_name(installer):
+    store = (
+        "@hookimpl\ndef ollm_kv_stores():\n    yield Strategy(name='{}', summary='s', build=build, facts=LOSSLESS)\n"
+    )
+    installer.install("acme-kv", store.format("sqlite"))
+    installer.install("beta-kv", store.format("chunked"))
+    installer.install("gamma-kv", store.format("zip"))
+    installer.install("delta-kv", store.format("zip"), point="delta")
+    registry.cache_clear()
+    try:
+        assert {"chunked", "resident", "sqlite", "beta-kv/chunked", "gamma-kv/zip"} <= set(strategies("ollm_kv_stores"))
+        found = strategies("ollm_kv_stores", ["acme-kv/sqlite", "chunked", "sqlite"])
+        assert {name: strategy.name for name, strategy in found.items()} == {"sqlite": "sqlite", "chunked": "chunked"}
+        with pytest.raises(UnknownStrategyError, match="Did you mean 'sqlite'"):
+            strategies("ollm_kv_stores", ["sqlit"])
+        with pytest.raises(AmbiguousStrategyError, match="Use one of: delta-kv/zip, gamma-kv/zip"):
+            strategies("ollm_kv_stores", ["zip"])
+        with pytest.raises(ConfigurationError, match="hook='ollm_commands': choose one of ollm_kv_stores, "):
+            strategies("ollm_commands")
+    finally:
+        registry.cache_clear()
+
+
+def test_what_a_config_says_of_keys_and_values():
+    config = Gemma3TextConfig(
+        num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, head_dim=16,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+    )  # fmt: skip
+    geometry = kv_geometry(config, torch.bfloat16)
+    assert [(layer.kv_heads, layer.key_size, layer.itemsize) for layer in geometry.layers] == [(2, 16, 2)]
+    assert geometry.bytes_per_token == 2 * 2 * 16 * 2
+
+
+def test_memory_now():
+    found = measure_memory(torch.device("cpu"))
+    assert 0 < found.host_free <= found.host_total

@@ -1,30 +1,31 @@
-"""The journal: the contract, its index, and what its frames tell when nothing else does."""
+"""The journal: the contract, and when its table is compacted."""
 
 from __future__ import annotations
 
-import random
+import json
 from pathlib import Path
 
 import hypothesis.strategies as st
 import pytest
 from hypothesis import given
 
-from core.golden_files import check_golden, fix_store_id, small_block
-from ollm.testing import KVStoreTests, PluginTests, store_context
+from core.storage.golden_files import check_golden, fix_store_id, small_block
+from ollm.plugin import KVBlock
+from ollm.testing import KVStoreTests, PluginTests, assert_holds, read_extent, store_context, write_blocks
 from ollm.testing import random_block as block
-from ollm_kv_journal.journal import Entry, JournalStore
+from ollm_kv_journal.journal import JournalStore
 
-ALIGNMENT = 4096
 GOLDEN = Path(__file__).parent / "golden"
 
 
-def make(folder, entries=4):
-    return JournalStore(store_context(folder).storage(), compaction_entries=entries)
+def make(folder, entries=4, keep=False):
+    storage = store_context(folder, keep=keep).storage(compact_from=entries)
+    return JournalStore(storage, compaction_entries=entries)
 
 
 class TestJournal(KVStoreTests):
     def open(self, context):
-        return JournalStore(context.storage(), compaction_entries=4)
+        return JournalStore(context.storage(compact_from=4), compaction_entries=4)
 
 
 class TestPlugin(PluginTests):
@@ -32,150 +33,170 @@ class TestPlugin(PluginTests):
     project = Path(__file__).parents[2] / "packages" / "ollm-kv-journal"
 
 
-def indexed(store, layer):
-    """The extents that a layer's index stands for."""
-    layout = store.layout(layer)
-    return [extent for entry in store.index(layer) for extent in entry.extents(layer, layout, store.storage)]
+def append(store, table, tokens, *, rows=2, **place):
+    """A frame behind a table."""
+    start = table[-1].stop if table else 0
+    table += write_blocks(store, [block(tokens, rows=rows, seed=start)], start=start, **place)
 
 
-def file_of(store, layer=0):
-    store.storage.flush()
-    return store.storage.path / f"segment-{layer:06d}.kv"
+def rows_of(store, table):
+    """The tokens of the frames of each row, as a commit writes them down."""
+    store.storage.commit(table, tokens=max((extent.stop for extent in table), default=0))
+    content = json.loads((store.storage.path / "manifest.json").read_bytes())
+    return [tuple(frame[0] for frame in row["frames"]) for row in content["table"]]
 
 
-def test_contiguous_entries_become_one_at_the_threshold(tmp_path):
-    store = make(tmp_path, entries=4)
-    counts = []
+class Model:
+    """What the guide asks for, in as many words: a flush adds a row, and a table of so many rows is compacted. Knows
+    positions and rows of the batch; each journal is a file of its own, so that what follows in position follows in
+    place."""
+
+    def __init__(self, threshold):
+        self.threshold, self.compactions = threshold, 0
+        self.rows = []  # of (rows of the batch, [tokens of each frame])
+
+    def flush(self, batch_rows, tokens):
+        self.rows.append((batch_rows, [tokens]))
+        if len(self.rows) < self.threshold:
+            return
+        joined = []
+        for batch, frames in self.rows:
+            if joined and joined[-1][0] == batch:
+                joined[-1][1].extend(frames)
+            else:
+                joined.append((batch, list(frames)))
+        self.compactions += len(joined) < len(self.rows)
+        self.rows = joined
+
+    def frames(self):
+        return [tuple(frames) for _, frames in self.rows]
+
+
+def test_contiguous_rows_become_one_at_the_threshold(tmp_path):
+    store, table, counts = make(tmp_path, entries=4), [], []
     for tokens in (2, 3, 1, 5, 2, 2, 2, 2):
-        store.append(0, *block(tokens))
-        counts.append(len(store.index(0)))
+        append(store, table, tokens)
+        counts.append(len(rows_of(store, table)))
     assert counts == [1, 2, 3, 1, 2, 3, 1, 2]
-    assert store.index(0)[0] == Entry(0, ALIGNMENT, 2, (2, 3, 1, 5, 2, 2, 2))
+    assert rows_of(store, table) == [(2, 3, 1, 5, 2, 2, 2), (2,)]
     assert store.stats().compactions == 2
-    assert indexed(store, 0) == list(store.extents(0))
     store.close()
 
 
-def test_each_layer_has_an_index_of_its_own(tmp_path):
+def test_each_layer_and_each_branch_has_a_table_of_its_own(tmp_path):
     store = make(tmp_path, entries=3)
-    for _ in range(3):
-        store.append(0, *block(2))
-    store.append(1, *block(2))
-    assert (len(store.index(0)), len(store.index(1)), len(store.index(2))) == (1, 1, 0)
+    tables = {(layer, branch): [] for layer in range(2) for branch in range(2)}
+    for (layer, branch), table in tables.items():
+        for _ in range(2 + (layer == branch == 0)):
+            append(store, table, 2, layer=layer, branch=branch)
+    assert store.stats().compactions == 1
+    assert {table[0].location.segment for table in tables.values()} == {0, 1, 2, 3}
+    assert rows_of(store, tables[0, 0] + tables[1, 1]) == [(2, 2, 2), (2,), (2,)]
     store.close()
 
 
-def test_frames_of_other_rows_and_behind_a_gap_begin_an_entry(tmp_path):
-    store = make(tmp_path, entries=2)
-    store.append(0, *block(2))
-    store.append(0, *block(2, rows=3))
-    assert [entry.rows for entry in store.index(0)] == [2, 3]
-    dropped = store.extents(0)[1:]
-    store.truncate(0, 2)  # somebody still reads what was dropped, so that the next frame lies behind it
-    store.append(0, *block(2))
-    assert [entry.start for entry in store.index(0)] == [0, 2]
-    assert indexed(store, 0) == list(store.extents(0))
-    store.release(dropped)
+def test_frames_of_other_rows_and_behind_a_gap_begin_a_row(tmp_path):
+    store, table = make(tmp_path, entries=2), []
+    append(store, table, 2)
+    append(store, table, 2, rows=3)
+    assert rows_of(store, table) == [(2,), (2,)]
+    assert store.stats().compactions == 0, "nothing could be joined"
+    dropped = table.pop()  # which somebody still reads, so that the next frame lies behind it
+    append(store, table, 2)
+    assert rows_of(store, table) == [(2,), (2,)]
+    store.free([dropped.location])
+    append(store, table, 2)
+    assert rows_of(store, table) == [(2,), (2, 2)]
     store.close()
 
 
 @given(
-    steps=st.lists(st.one_of(st.integers(1, 9), st.sampled_from(["crop", "crop and read", "rows"])), max_size=25),
+    flushes=st.lists(st.tuples(st.integers(1, 2), st.integers(1, 9)), max_size=25),
     entries=st.integers(2, 6),
-    seed=st.integers(0, 99),
+    closed=st.integers(0, 25),
 )
-def test_the_index_stands_for_the_extents_whatever_happens(tmp_path_factory, steps, entries, seed):
-    store = make(tmp_path_factory.mktemp("journal"), entries)
-    chosen, rows = random.Random(seed), 1
-    for step in steps:
-        if isinstance(step, int):
-            store.append(0, *block(step, rows=rows))
-        elif step == "rows":
-            rows = 3 - rows
-        elif store.extents(0):
-            keep = chosen.randrange(len(store.extents(0)))
-            dropped = store.extents(0)[keep:]
-            store.truncate(0, dropped[0].start)
-            if step == "crop":
-                store.release(dropped)
-        if store.extents(0):
-            assert indexed(store, 0) == list(store.extents(0))
+def test_it_is_compacted_when_the_table_of_a_manifest_is_whoever_wrote_it(tmp_path_factory, flushes, entries, closed):
+    """Also by a store that goes on from what an earlier one committed."""
+    folder, model, table = tmp_path_factory.mktemp("journal"), Model(entries), []
+    store = make(folder, entries, keep=True)
+    for number, (rows, tokens) in enumerate(flushes):
+        if number == closed:
+            rows_of(store, table)
+            store.close()
+            store = make(folder, entries, keep=True)
+            assert list(store.storage.committed) == table
+            store.adopt(table)
+        append(store, table, tokens, rows=rows)
+        model.flush(rows, tokens)
+        assert rows_of(store, table) == model.frames()
+        assert store.stats().compactions == model.compactions
     store.close()
 
 
 def test_compaction_depends_on_the_flushes_alone(tmp_path):
-    """Not on what is being read or written in between."""
+    """Not on what is being read, freed or written to other journals in between."""
     quiet, busy = make(tmp_path / "quiet"), make(tmp_path / "busy")
+    tables, compactions = {quiet: [], busy: []}, []
     for number in range(20):
-        for store in (quiet, busy):
-            store.append(0, *block(1 + number % 3))
+        for store, table in tables.items():
+            append(store, table, 1 + number % 3)
         busy.storage.flush()
-        busy.storage.frames(0)
-        assert quiet.index(0) == busy.index(0)
-    assert quiet.stats().compactions == busy.stats().compactions == 6
+        read_extent(busy, tables[busy][number // 2])
+        busy.free([write_blocks(busy, [block(2)], layer=1, branch=number)[0].location])
+        compactions.append((quiet.stats().compactions, busy.stats().compactions))
+        assert rows_of(quiet, tables[quiet]) == rows_of(busy, tables[busy])
+    assert compactions == [(number, number) for number in (0, 0, 0, *(n for n in range(1, 6) for _ in range(3)), 6, 6)]
     quiet.close()
     busy.close()
 
 
-def test_the_frames_tell_of_everything_that_was_appended(tmp_path):
-    store = make(tmp_path)
-    assert store.recover(0) == ()
-    for tokens in (3, 1, 700, 2):
-        store.append(0, *block(tokens))
-    assert store.recover(0) == store.extents(0)
-    store.truncate(0, 4)
-    store.append(0, *block(2))  # behind frames that somebody still reads
-    assert store.recover(0) == store.extents(0)
+def test_payloads_are_never_rewritten(tmp_path):
+    store, table, written = make(tmp_path, entries=2), [], 0
+    for number in range(6):
+        append(store, table, 3)
+        store.storage.flush()
+        assert store.stats().bytes_written - written == 8192, "one frame of two blocks of the disk"
+        written = store.stats().bytes_written
+        places = [extent.location.offset for extent in table]
+        assert places == [4096 + 8192 * place for place in range(number + 1)]
+    assert_holds(store, table, [block(3, seed=3 * number) for number in range(6)])
     store.close()
 
 
-def test_a_journal_that_was_cut_anywhere_is_recovered_up_to_there(tmp_path):
-    store = make(tmp_path)
-    for tokens in (3, 1, 2, 4):
-        store.append(0, *block(tokens))
-    extents, file = store.extents(0), file_of(store)
-    whole = file.read_bytes()
-    for length in range(len(whole), -1, -512):
-        file.write_bytes(whole[:length])
-        assert store.recover(0) == tuple(extent for extent in extents if extent.offset + ALIGNMENT <= length)
-    store.close()
-
-
-@pytest.mark.parametrize("place", [10, 60, 3000, 4097, 4500])
-def test_recovery_stops_before_the_first_bad_frame(tmp_path, place):
-    store = make(tmp_path)
+@pytest.mark.parametrize("place", [10, 60, 80, 3000, 4097, 4500])
+def test_a_bad_frame_is_noticed_and_costs_no_other(tmp_path, place):
+    """There is no scan: what was committed is found whatever became of the frames before it."""
+    store, table = make(tmp_path, keep=True), []
     for tokens in (3, 7, 2, 4):
-        store.append(0, *block(tokens))
-    extents, file = store.extents(0), file_of(store)
-    whole = file.read_bytes()
-    for number, extent in enumerate(extents):
-        at = extent.offset - ALIGNMENT + place
-        file.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
-        assert store.recover(0) == extents[:number]
+        append(store, table, tokens)
+    rows_of(store, table)
     store.close()
-
-
-def test_frames_of_another_journal_are_no_frames(tmp_path):
-    ours, other = make(tmp_path / "ours"), make(tmp_path / "other")
-    for store in (ours, other):
-        for _ in range(3):
-            store.append(0, *block(2))
-    stranger = file_of(other).read_bytes()
-    file = file_of(ours)
-    file.write_bytes(file.read_bytes()[: 2 * ALIGNMENT] + stranger[2 * ALIGNMENT :])
-    assert ours.recover(0) == ours.extents(0)[:1]
-    ours.close()
-    other.close()
+    (file,) = store.storage.path.glob("segment-*")
+    whole = file.read_bytes()
+    for number, extent in enumerate(table):
+        at = extent.location.offset - 4096 + place
+        file.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+        again = make(tmp_path, keep=True)
+        again.adopt(again.storage.committed)
+        readable = []
+        for other in table:
+            try:
+                read_extent(again, other)
+            except Exception as error:
+                assert type(error).__name__ == "CorruptDataError"
+            else:
+                readable.append(other)
+        assert readable == [*table[:number], *table[number + 1 :]]
+        again.close()
 
 
 def test_the_file_has_the_bytes_that_were_written_down(tmp_path, monkeypatch):
     fix_store_id(monkeypatch)
     store = make(tmp_path)
-    for number, tokens in enumerate((2, 1, 3)):
-        store.append(0, *small_block(tokens, 10 * number))
-    dropped = store.extents(0)[2:]
-    store.truncate(0, 3)
-    store.append(0, *small_block(1, 70))
-    store.storage.flush()  # else what is released may never be written
-    store.release(dropped)
+    blocks = [KVBlock(*small_block(tokens, 10 * number)) for number, tokens in enumerate((2, 1, 3))]
+    extents = write_blocks(store, blocks)
+    store.storage.flush()  # else what is freed may never be written
+    write_blocks(store, [KVBlock(*small_block(1, 70))], start=3)
+    store.storage.flush()
+    store.free([extents[2].location])
     check_golden(store, GOLDEN / "log-structured-journal.txt")

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import attrs
 import pytest
 import torch
 
-from core.golden_files import check_golden, fix_store_id, small_block
-from ollm.errors import StoreContractError
-from ollm.plugin import KVGeometry, LayerGeometry
-from ollm.testing import KVStoreTests, PluginTests, assert_holds, store_context
+from core.storage.golden_files import check_golden, fix_store_id, small_block
+from ollm.contracts.spill import SpillPlan
+from ollm.kv.history import LayerHistory
+from ollm.kv.session import KVSession
+from ollm.plugin import CorruptDataError, KVBlock, KVGeometry, LayerGeometry
+from ollm.testing import KVStoreTests, PluginTests, assert_holds, store_context, write_blocks
 from ollm.testing import random_block as block
 from ollm_kv_paged.paged import Page, PagedStore, default_page_tokens
 from ollm_kv_paged.ring import RingStore
@@ -19,20 +22,37 @@ from ollm_kv_paged.segmented import SegmentedFilesStore
 GOLDEN = Path(__file__).parent / "golden"
 
 
-def open_storage(folder):
-    return store_context(folder).storage()
+def open_storage(folder, keep=False):
+    return store_context(folder, keep=keep).storage()
 
 
-def make_paged(folder, page_tokens=64):
-    return PagedStore(open_storage(folder), page_tokens=page_tokens)
+def make_paged(folder, page_tokens=64, keep=False):
+    return PagedStore(open_storage(folder, keep), page_tokens=page_tokens)
 
 
-def make_segmented(folder, segment_bytes=60_000):
-    return SegmentedFilesStore(open_storage(folder), segment_bytes=segment_bytes)
+def make_segmented(folder, segment_bytes=60_000, keep=False):
+    return SegmentedFilesStore(open_storage(folder, keep), segment_bytes=segment_bytes)
 
 
-def make_ring(folder, slot_tokens=64):
-    return RingStore(open_storage(folder), window=100, sinks=0, slot_tokens=slot_tokens)
+def make_ring(folder, slot_tokens=64, keep=False):
+    return RingStore(open_storage(folder, keep), window=100, sinks=0, slot_tokens=slot_tokens)
+
+
+def write(store, tokens, *, seed=0, rows=2, **place):
+    """One random block; its extent."""
+    return write_blocks(store, [block(tokens, seed=seed, rows=rows)], **place)[0]
+
+
+def free(store, *extents):
+    store.free([extent.location for extent in extents])
+
+
+def slots(store, extents):
+    return [store.slot(extent.location) for extent in extents]
+
+
+def segments(extents):
+    return [extent.location.segment for extent in extents]
 
 
 class TestPaged(KVStoreTests):
@@ -60,42 +80,75 @@ class TestPlugin(PluginTests):
 def test_pages_of_all_layers_share_a_pool_and_freed_ones_are_used_again(tmp_path):
     store = make_paged(tmp_path, page_tokens=4)
     blocks = {layer: [block(4, seed=10 * layer + number) for number in range(3)] for layer in range(2)}
+    tables = {0: [], 1: []}
     for number in range(3):
         for layer in range(2):
-            store.append(layer, *blocks[layer][number])
-    assert [page.slot for page in store.page_table(0)] == [0, 2, 4]
-    assert [page.slot for page in store.page_table(1)] == [1, 3, 5]
+            tables[layer] += write_blocks(store, [blocks[layer][number]], layer=layer, start=4 * number)
+    assert [page.slot for page in store.page_table(tables[0])] == [0, 2, 4]
+    assert [page.slot for page in store.page_table(tables[1])] == [1, 3, 5]
     size = store.stats().disk_bytes
-    dropped = store.extents(0)
-    store.truncate(0, 0)
-    store.release(dropped)
-    for number in range(3):
-        store.append(1, *blocks[0][number])
-    assert [page.slot for page in store.page_table(1)] == [1, 3, 5, 0, 2, 4]
+    free(store, *tables[0])
+    tables[1] += write_blocks(store, blocks[0], layer=1, start=12)
+    assert [page.slot for page in store.page_table(tables[1])] == [1, 3, 5, 0, 2, 4]
     assert store.stats().disk_bytes == size, "no byte more than before"
-    assert_holds(store, 1, blocks[1] + blocks[0])
+    assert_holds(store, tables[1], blocks[1] + blocks[0])
     assert len(list(store.storage.path.glob("segment-*"))) == 1
     store.close()
 
 
 def test_a_short_page_takes_a_slot_of_its_own(tmp_path):
     store = make_paged(tmp_path, page_tokens=4)
-    store.append(0, *block(4))
-    store.append(0, *block(2))
-    assert store.page_table(0) == (Page(0, 4, 0, 0), Page(4, 6, 0, 1))
+    extents = write_blocks(store, [block(4), block(2)])
+    assert store.page_table(extents) == (Page(0, 4, 0, 0), Page(4, 6, 0, 1))
     store.close()
+
+
+def test_pages_of_four_take_three_and_three_tokens_as_one_page_and_a_half(tmp_path):
+    """A page that is not full is written anew as it grows, in another slot, and what it was then is free."""
+    session = KVSession(make_paged(tmp_path, 4), SpillPlan(flush_tokens=1, flush_bytes=1), strategy="test", layers=[0])
+    layer, blocks = LayerHistory(0, session), [block(3, seed=seed) for seed in range(4)]
+    tables = []
+    for one in blocks:
+        layer.append(one.keys, one.values)
+        tables.append(session.store.page_table(entry.extent for entry in layer.table.entries))
+    assert [[(page.start, page.stop) for page in table] for table in tables] == [
+        [(0, 3)], [(0, 4), (4, 6)], [(0, 4), (4, 8), (8, 9)], [(0, 4), (4, 8), (8, 12)],
+    ]  # fmt: skip
+    assert [[page.slot for page in table] for table in tables] == [[0], [1, 2], [1, 0, 3], [1, 0, 2]]
+    assert layer.tail.tokens == 0
+    none = block(0)
+    keys, values = layer.gather(none.keys, none.values)
+    assert torch.equal(keys, torch.cat([one.keys for one in blocks], dim=2))
+    assert torch.equal(values, torch.cat([one.values for one in blocks], dim=2))
+    session.close()
+
+
+def test_tokens_that_do_not_fill_a_page_wait_in_the_tail(tmp_path):
+    plan = SpillPlan(flush_tokens=1, flush_bytes=2**30)
+    session = KVSession(make_paged(tmp_path, 4), plan, strategy="test", layers=[0])
+    layer = LayerHistory(0, session)
+    for seed in range(2):
+        one = block(3, seed=seed)
+        layer.append(one.keys, one.values)
+    extents = [entry.extent for entry in layer.table.entries]
+    assert session.store.page_table(extents) == (Page(0, 4, 0, 0),)
+    assert layer.tail.tokens == 2
+    session.close()
 
 
 def test_pages_of_other_sizes_have_a_pool_of_their_own(tmp_path):
     store = make_paged(tmp_path, page_tokens=64)
-    store.append(0, *block(64))
-    store.append(1, *block(64, rows=3))
-    store.append(2, *block(64))
-    assert [(page.pool, page.slot) for layer in range(3) for page in store.page_table(layer)] == [
-        (0, 0),
-        (1, 0),
-        (0, 1),
-    ]
+    extents = [write(store, 64), write(store, 64, rows=3, layer=1), write(store, 64, layer=2)]
+    assert [(page.pool, page.slot) for page in store.page_table(extents)] == [(0, 0), (1, 0), (0, 1)]
+    store.close()
+
+
+def test_a_pool_that_is_empty_leaves_its_file_to_pages_of_another_size(tmp_path):
+    store = make_paged(tmp_path, page_tokens=64)
+    small, large = write(store, 64), write(store, 64, rows=3)
+    free(store, small)
+    other = [write(store, 64, rows=4, seed=seed, start=64 * seed) for seed in range(2)]
+    assert store.page_table([large, *other]) == (Page(0, 64, 1, 0), Page(0, 64, 0, 0), Page(64, 128, 0, 1))
     store.close()
 
 
@@ -113,79 +166,120 @@ def test_a_model_without_stored_layers_has_a_page_size_all_the_same():
 
 def test_a_file_that_is_full_is_followed_by_another_and_an_empty_one_is_used_again(tmp_path):
     store = make_segmented(tmp_path, segment_bytes=3 * 8192)
-    blocks = [block(2, seed=number) for number in range(7)]
-    for number, (keys, values) in enumerate(blocks):
-        store.append(number % 2, keys, values)
-    assert [extent.segment for extent in store.extents(0)] == [0, 0, 1, 2]
-    assert [extent.segment for extent in store.extents(1)] == [0, 1, 1]
-    dropped = [store.extents(0)[0:2], store.extents(1)[0:1]]
-    rest = store.extents(0)[2:]
-    store.truncate(0, 0)
-    store.truncate(1, 0)
-    for extents in dropped:
-        store.release(extents)
-    for number in range(4):
-        store.append(5, *block(2, seed=number))
-    assert [extent.segment for extent in store.extents(5)] == [2, 2, 0, 0]
-    assert all(extent.segment != 0 for extent in rest)
+    tables = {0: [], 1: []}
+    for number in range(7):
+        table = tables[number % 2]
+        table.append(write(store, 2, seed=number, layer=number % 2, start=2 * len(table)))
+    assert segments(tables[0]) == [0, 0, 1, 2]
+    assert segments(tables[1]) == [0, 1, 1]
+    free(store, *tables[0][:2])
+    free(store, tables[1][0])
+    new = [write(store, 2, seed=number, layer=5, start=2 * number) for number in range(4)]
+    assert segments(new) == [2, 2, 0, 0]
+    assert all(extent.location.segment != 0 for extent in tables[0][2:])
     store.close()
 
 
 def test_a_ring_takes_the_slot_that_left_first(tmp_path):
     store = make_ring(tmp_path, slot_tokens=4)
-    for number in range(3):
-        store.append(0, *block(4, seed=number))
+    table = [write(store, 4, seed=number, start=4 * number) for number in range(3)]
     size = store.stats().disk_bytes
     for number in range(3, 20):
-        oldest = store.extents(0)[:1]
-        store.evict(0, oldest)
-        store.release(oldest)
-        store.append(0, *block(4, seed=number))
-        assert store.slot(store.extents(0)[-1]) == number % 3
+        free(store, table.pop(0))
+        table.append(write(store, 4, seed=number, start=4 * number))
+        assert store.slot(table[-1].location) == number % 3
     assert store.stats().disk_bytes == size
     store.close()
 
 
-def test_a_slot_that_is_still_read_is_not_taken(tmp_path):
+def test_a_slot_that_was_not_freed_is_not_taken(tmp_path):
+    """Somebody still reads the first one, though it has left the window."""
     store = make_ring(tmp_path, slot_tokens=4)
-    store.append(0, *block(4, seed=0))
-    store.append(0, *block(4, seed=1))
-    read_by_somebody = store.extents(0)[:1]
-    store.evict(0, read_by_somebody)
-    store.append(0, *block(4, seed=2))
-    assert [store.slot(extent) for extent in store.extents(0)] == [1, 2]
+    table = [write(store, 4, seed=number, start=4 * number) for number in range(3)]
+    assert slots(store, table) == [0, 1, 2]
+    free(store, table[1])
+    assert slots(store, [write(store, 4, start=12), write(store, 4, start=16)]) == [1, 3]
     store.close()
 
 
-def test_the_storage_refuses_a_place_that_is_held(tmp_path):
-    storage = open_storage(tmp_path)
-    record = {"segment": 0, "layer": 0, "start": 0, "tokens": 1, "rows": 1, "dtype": "opaque"}
-    payload = [torch.zeros(5000, dtype=torch.uint8)]
-    first = storage.write(payload, **record, at=8192)
-    assert first.offset == 8192 + 4096
-    for at in (0, 4096, 8192, 12288, 16384, 5, -4096):
-        with pytest.raises(StoreContractError, match="are not free in segment 0"):
-            storage.write(payload, **record, at=at)
-    assert storage.write(payload, **record, at=20480).offset == 20480 + 4096
-    storage.release([first])
-    assert storage.write(payload, **record, at=0).offset == 4096
-    storage.close()
+def test_each_branch_has_a_ring_of_its_own(tmp_path):
+    store = make_ring(tmp_path, slot_tokens=4)
+    extents = [write(store, 4, layer=layer, branch=branch) for layer in range(2) for branch in range(2)]
+    assert segments(extents) == [0, 1, 2, 3]
+    free(store, extents[1])
+    assert segments([write(store, 4, layer=1, branch=7)]) == [1], "the file of a fork that is gone"
+    store.close()
+
+
+@pytest.mark.parametrize("make", [make_paged, make_ring], ids=["pool", "ring"])
+def test_slots_go_on_where_an_earlier_store_ended(tmp_path, make):
+    """What lies between is free, and comes first; then the slots behind the last one."""
+    store, blocks = make(tmp_path, 4, keep=True), [block(4, seed=number) for number in range(6)]
+    extents = write_blocks(store, blocks)
+    free(store, extents[1], extents[3])
+    store.storage.flush()
+    kept = [extents[number] for number in (0, 2, 4, 5)]
+    store.close()
+    again = make(tmp_path, 4, keep=True)
+    again.adopt(kept)
+    assert slots(again, kept) == [0, 2, 4, 5]
+    new = write_blocks(again, [blocks[number] for number in (1, 3, 0)], start=24)
+    assert slots(again, new) == [1, 3, 6]
+    assert_holds(again, [*kept, *new], [blocks[number] for number in (0, 2, 4, 5, 1, 3, 0)])
+    again.close()
+
+
+@pytest.mark.parametrize("change", [{"offset": 8192}, {"offset": 12288}, {"nbytes": 8193}], ids=str)
+def test_records_that_are_in_no_slot_are_refused(tmp_path, change):
+    """Else the next pages would be put over them."""
+    store = make_paged(tmp_path, 4, keep=True)
+    extents = [write(store, 4, seed=number, start=4 * number, rows=8) for number in range(9)]
+    store.storage.flush()
+    store.close()
+    again = make_paged(tmp_path, 4, keep=True)
+    elsewhere = attrs.evolve(extents[0], location=attrs.evolve(extents[0].location, **change))
+    with pytest.raises(CorruptDataError, match="is not in a slot of segment 0"):
+        again.adopt([elsewhere])
+    again.adopt(extents)
+    assert slots(again, extents) == list(range(9))
+    again.close()
+
+
+def test_slots_of_two_sizes_in_one_file_are_refused(tmp_path):
+    store = make_paged(tmp_path, 64, keep=True)
+    extents = [write(store, 64, rows=2), write(store, 1, rows=3)]
+    store.storage.flush()
+    store.close()
+    again = make_paged(tmp_path, 64, keep=True)
+    moved = attrs.evolve(extents[1], location=attrs.evolve(extents[1].location, segment=0))
+    with pytest.raises(CorruptDataError, match="is not in a slot of segment 0"):
+        again.adopt([extents[0], moved])
+    again.close()
+
+
+def test_large_segments_go_on_where_an_earlier_store_ended(tmp_path):
+    store = make_segmented(tmp_path, 2 * 8192, keep=True)
+    extents = [write(store, 2, seed=number, layer=number % 2, start=2 * (number // 2)) for number in range(5)]
+    assert segments(extents) == [0, 0, 1, 1, 2]
+    store.storage.flush()
+    store.close()
+    again = make_segmented(tmp_path, 2 * 8192, keep=True)
+    again.adopt([extents[number] for number in (4, 1, 0)])
+    assert segments([write(again, 2, start=10 + number) for number in range(4)]) == [2, 1, 1, 3]
+    again.close()
 
 
 def fill(store):
     """Two layers in turns, then space that is used again."""
+    tables = {0: [], 1: []}
     for number in range(3):
         for layer in range(2):
-            store.append(layer, *small_block(3, 100 * layer + 10 * number))
-    dropped = store.extents(0)[1:2] if store.window else store.extents(0)[1:]
-    if store.window:
-        store.evict(0, dropped)
-    else:
-        store.truncate(0, 3)
-    store.storage.flush()  # else what is released may never be written
-    store.release(dropped)
-    store.append(1, *small_block(2, 500))
-    store.append(0, *small_block(1, 600))
+            one = KVBlock(*small_block(3, 100 * layer + 10 * number))
+            tables[layer] += write_blocks(store, [one], layer=layer, start=3 * number)
+    store.storage.flush()  # else what is freed may never be written
+    free(store, *(tables[0][1:2] if store.window else tables[0][1:]))
+    write_blocks(store, [KVBlock(*small_block(2, 500))], layer=1, start=9)
+    write_blocks(store, [KVBlock(*small_block(1, 600))], layer=0, start=9 if store.window else 3)
 
 
 @pytest.mark.parametrize(

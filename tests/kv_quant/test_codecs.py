@@ -15,12 +15,12 @@ UNITS = {torch.float32: 2**-23, torch.bfloat16: 2**-8, torch.float16: 2**-11, to
 """What rounding to a dtype costs at most, relatively; scales are fp32 even for fp64."""
 
 
-def through(chosen, tensor, tokens=None):
-    """Encoded to bytes and decoded, the first tokens only if asked; scale applied in fp64."""
+def through(chosen, tensor):
+    """Encoded to bytes and decoded; scale applied in fp64."""
     raw = torch.cat([part.contiguous().reshape(-1).view(torch.uint8) for part in chosen.encode(tensor)])
     assert raw.numel() == chosen.nbytes(tensor.shape)
-    out = torch.full_like(tensor[:, :, :tokens].contiguous(), 7)
-    scale = chosen.decode(raw, tensor.shape, out)
+    out = torch.full_like(tensor.contiguous(), 7)
+    scale = chosen.decode(raw, out)
     return out.double() * scale
 
 
@@ -61,13 +61,6 @@ def test_extremes(name, dtype):
     top = min(info.max, 1e38)
     for values in ([0.0, 0.0], [top, -top], [1e-20, 0.0], [-1.0, 1.0], [0.0, -0.0], [1e-30, 1.0]):
         check(name, torch.tensor(values, dtype=dtype).repeat(64).reshape(1, 2, 1, 64))
-
-
-@pytest.mark.parametrize("name", REPRESENTATIONS)
-def test_a_part_is_decoded_to_the_same_as_the_whole(name):
-    tensor = torch.randn(2, 3, 9, 64)
-    for tokens in (1, 4, 9):
-        assert torch.equal(through(codec(name), tensor, tokens), through(codec(name), tensor)[:, :, :tokens])
 
 
 @pytest.mark.parametrize("name", REPRESENTATIONS)

@@ -7,16 +7,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from core.golden_files import check_golden, fix_store_id, small_block
+from core.storage.golden_files import check_golden, fix_store_id, small_block
 from ollm.contracts.spill import SpillPlan
 from ollm.errors import NonFiniteError
 from ollm.kv.history import LayerHistory
 from ollm.kv.session import KVSession
-from ollm.plugin import KVBlock
-from ollm.testing import KVStoreTests, PluginTests, store_context
+from ollm.plugin import BlockKey, KVBlock
+from ollm.testing import KVStoreTests, PluginTests, read_extent, store_context, write_blocks
 from ollm.testing import random_block as block
-from ollm.testing import read_extent as read
-from ollm.testing.blocks import read_raw as raw_of
+from ollm.testing.blocks import read_raw
 from ollm_kv_quant import REPRESENTATIONS
 from ollm_kv_quant.codecs import codec
 from ollm_kv_quant.store import QuantizedStore
@@ -26,6 +25,12 @@ GOLDEN = Path(__file__).parent / "golden"
 
 def make(folder, name=REPRESENTATIONS[0]):
     return QuantizedStore(store_context(folder).storage(), codec(name))
+
+
+def pair(tokens, seed=0):
+    """Keys and values, as a layer takes them."""
+    one = block(tokens, seed=seed)
+    return one.keys, one.values
 
 
 def make_session(folder, name=REPRESENTATIONS[0], resident_bytes=0):
@@ -60,35 +65,36 @@ class TestPlugin(PluginTests):
 def test_the_payload_has_the_bytes_that_were_written_down(tmp_path, name):
     store = make(tmp_path, name)
     keys = (torch.arange(-16, 16, dtype=torch.float32) / 4).reshape(1, 2, 2, 8)
-    store.append(0, keys, keys[..., :4] * 3)
-    assert bytes(raw_of(store, store.extents(0)[0]).numpy()).hex() == (GOLDEN / f"{name}.hex").read_text().strip()
+    (extent,) = write_blocks(store, [KVBlock(keys, keys[..., :4] * 3)])
+    assert extent.location.encoded
+    assert bytes(read_raw(store, extent).numpy()).hex() == (GOLDEN / f"{name}.hex").read_text().strip()
     store.close()
 
 
 @pytest.mark.parametrize("name", REPRESENTATIONS)
 def test_decoding_into_a_given_place(tmp_path, name):
     store = make(tmp_path, name)
-    store.append(0, *block(5))
-    (extent,) = store.extents(0)
+    (extent,) = write_blocks(store, [block(5)])
     place = KVBlock(torch.full((2, 3, 5, 8), float("nan")), torch.full((2, 3, 5, 8), float("nan")))
-    decoded = store.decode(extent, raw_of(store, extent), place)
+    decoded = store.decode(extent, read_raw(store, extent), place)
     assert decoded.keys is place.keys
     assert decoded.values is place.values
-    keys, values = read(store, extent)
-    assert torch.equal(place.keys * decoded.key_scale, keys)
-    assert torch.equal(place.values * decoded.value_scale, values)
+    found = read_extent(store, extent)
+    assert torch.equal(place.keys * decoded.key_scale, found.keys)
+    assert torch.equal(place.values * decoded.value_scale, found.values)
     store.close()
 
 
 def test_a_refused_extent_adds_nothing(tmp_path):
     store = make(tmp_path)
-    store.append(0, *block(4))
-    keys, values = block(4)
-    values[1, 2, 3, 4] = float("nan")
-    before = store.extents(0), store.stats().disk_bytes
+    (kept,) = write_blocks(store, [block(4)])
+    refused, before = block(4), store.stats().disk_bytes
+    refused.values[1, 2, 3, 4] = float("nan")
     with pytest.raises(NonFiniteError):
-        store.append(0, keys, values)
-    assert (store.extents(0), store.stats().disk_bytes) == before
+        store.write(refused, BlockKey(1, 0, 4, 4, 2))
+    assert store.stats().disk_bytes == before
+    assert not store.storage.holds(1)
+    read_extent(store, kept)
     store.close()
 
 
@@ -97,16 +103,20 @@ def test_a_refused_extent_adds_nothing(tmp_path):
 def test_cropping_and_going_on_never_encodes_again(tmp_path, name, resident_bytes):
     """What an extent decodes to when it is first stored is what it decodes to after any crop into it."""
     session, layer = make_session(tmp_path, name, resident_bytes)
-    layer.append(*block(10, seed=1))
-    first = [tensor.clone() for tensor in layer.gather(*block(0))]
+    layer.append(*pair(10, seed=1))
+    session.store.storage.flush()
+    written = session.store.stats().bytes_written
+    first = [tensor.clone() for tensor in layer.gather(*pair(0))]
     for length in (9, 7, 3):
         layer.crop(length)
         assert layer.tail.tokens == 0, "nothing comes back to be encoded again"
-        for ours, before in zip(layer.gather(*block(0)), first, strict=True):
+        for ours, before in zip(layer.gather(*pair(0)), first, strict=True):
             assert torch.equal(ours, before[:, :, :length])
-    layer.append(*block(9, seed=2))
+    assert session.store.stats().bytes_written == written, "a crop moves no byte"
+    assert [(entry.extent.key.tokens, entry.extent.visible) for entry in layer.table.entries] == [(10, 3)]
+    layer.append(*pair(9, seed=2))
     assert layer.tokens == 12
-    for ours, before in zip(layer.gather(*block(0)), first, strict=True):
+    for ours, before in zip(layer.gather(*pair(0)), first, strict=True):
         assert torch.equal(ours[:, :, :3], before[:, :, :3])
     layer.crop(0)
     assert session.store.stats().disk_bytes == 0
@@ -115,32 +125,55 @@ def test_cropping_and_going_on_never_encodes_again(tmp_path, name, resident_byte
 
 def test_a_fork_keeps_an_extent_that_its_origin_cut(tmp_path):
     session, layer = make_session(tmp_path)
-    layer.append(*block(8))
+    layer.append(*pair(8))
     fork = layer.fork(1)
-    whole = [tensor.clone() for tensor in fork.gather(*block(0))]
+    whole = [tensor.clone() for tensor in fork.gather(*pair(0))]
     layer.crop(5)
+    assert all(map(torch.equal, layer.gather(*pair(0)), (tensor[:, :, :5] for tensor in whole)))
     layer.crop(0)
-    layer.append(*block(8, seed=3))
-    assert all(map(torch.equal, fork.gather(*block(0)), whole))
-    assert "cut in two that another cache shares" in fork.why_not_crop(5)
+    layer.append(*pair(8, seed=3))
+    assert all(map(torch.equal, fork.gather(*pair(0)), whole))
+    shared = [entry.extent.location for entry in fork.table.entries]
+    fork.crop(6)
+    assert [entry.extent.location for entry in fork.table.entries] == shared, "the same record, of which less counts"
+    assert all(map(torch.equal, fork.gather(*pair(0)), (tensor[:, :, :6] for tensor in whole)))
     fork.close()
-    assert len(session.store.extents(0)) == 1
+    (left,) = layer.table.entries
+    assert session.store.storage.holds(left.extent.location.segment)
+    layer.crop(0)
+    assert session.store.stats().disk_bytes == 0, "with the last of them, its bytes went"
     session.close()
+
+
+@pytest.mark.parametrize("name", REPRESENTATIONS)
+def test_what_was_committed_decodes_to_the_same_later(tmp_path, name):
+    first = QuantizedStore(store_context(tmp_path, keep=True).storage(), codec(name))
+    extents = write_blocks(first, [block(5, seed=1), block(3, seed=2)])
+    before = [read_extent(first, extent) for extent in extents]
+    first.storage.commit(extents, tokens=8)
+    first.close()
+    again = QuantizedStore(store_context(tmp_path, keep=True).storage(), codec(name))
+    assert again.storage.committed == tuple(extents)
+    again.adopt(extents)
+    for extent, expected in zip(extents, before, strict=True):
+        found = read_extent(again, extent)
+        assert torch.equal(found.keys, expected.keys)
+        assert torch.equal(found.values, expected.values)
+    again.close()
 
 
 def test_half_of_what_is_resident_is_not_read(tmp_path):
     """The budget holds records as they are stored, and the same ones for ever."""
     store = make(tmp_path / "other")
-    store.append(0, *block(8))
-    record = store.extents(0)[0].nbytes
+    record = write_blocks(store, [block(8)])[0].location.nbytes
     store.close()
     session, layer = make_session(tmp_path, resident_bytes=4 * record)
     for seed in range(8):
-        layer.append(*block(8, seed=seed))
+        layer.append(*pair(8, seed=seed))
     results, reads = [], []
     for _ in range(4):
         before = session.counters.loaded_bytes
-        results.append([tensor.clone() for tensor in layer.gather(*block(0))])
+        results.append([tensor.clone() for tensor in layer.gather(*pair(0))])
         reads.append(session.counters.loaded_bytes - before)
     assert reads == [8 * record, 4 * record, 4 * record, 4 * record]
     assert session.source.resident_bytes == 4 * record
@@ -151,7 +184,5 @@ def test_half_of_what_is_resident_is_not_read(tmp_path):
 def test_the_file_has_the_bytes_that_were_written_down(tmp_path, monkeypatch):
     fix_store_id(monkeypatch)
     store = make(tmp_path)
-    store.append(0, *small_block(2, 10))
-    store.append(0, *small_block(3, 30))
-    store.truncate(0, 4)
+    write_blocks(store, [KVBlock(*small_block(2, 10)), KVBlock(*small_block(3, 30))])
     check_golden(store, GOLDEN / "quantized-cold-tier.txt")

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import json
 import os
 import shutil
@@ -39,6 +40,25 @@ for name in api.__all__:
         required[name] = [field.name for field in attrs.fields(value) if field.default is attrs.NOTHING]
 print(json.dumps({"abstract": abstract, "required": required}))
 """
+CALLS = """
+import inspect, json
+import ollm
+
+calls = {}
+for name in ollm.__all__:
+    value = getattr(ollm, name)
+    if value.__module__.startswith("ollm"):
+        found = {name: value} if inspect.isfunction(value) else {
+            f"{name}.{key}": getattr(value, key) for key in dir(value)
+            if inspect.isfunction(getattr(value, key)) and (key == "__init__" or not key.startswith("_"))
+        }
+        for path, function in found.items():
+            if (function.__module__ or "").startswith("ollm"):
+                calls[path] = [[p.name, repr(p.default)] for p in inspect.signature(function).parameters.values()]
+print(json.dumps(calls))
+"""
+"""What the functions of `ollm` take, as Python itself sees it: some signatures are made from records."""
+
 MADE_BY_CORE = {
     "BlockKey", "BuildContext", "Extent", "KVBuildContext", "KVGeometry", "KVLayout", "LayerGeometry", "MemorySnapshot",
 }  # fmt: skip
@@ -132,7 +152,12 @@ def test_no_public_name_changed_in_a_way_that_breaks_its_users(released):
             "        tokens: int,",
             "contracts.spill.SpillPlan.for_memory",
         ),
-        ("factory.py", "    mode: str = ", "    way: str = ", "factory.disk_cache"),
+        (
+            "api/inference.py",
+            "        adapter_dir: str",
+            "        peft_dir: str",
+            "api.inference.AutoInference.__init__",
+        ),
     ],
 )
 def test_a_breaking_change_is_found(released, tmp_path, file, before, after, path):
@@ -142,6 +167,16 @@ def test_a_breaking_change_is_found(released, tmp_path, file, before, after, pat
     assert before in text
     changed.write_text(text.replace(before, after), encoding="utf-8")
     assert f"ollm.{path}" in breaking_changes(released["ollm_core"], tmp_path)
+
+
+def test_what_people_call_takes_what_it_took(released):
+    """By name and by position; new arguments come last and have defaults."""
+    old, new = (ask(CALLS, path=[folder]) for folder in (released["ollm_core"], SOURCES))
+    assert len(old) > 15
+    assert [name for name, _ in old["Inference.DiskCache"]][:3] == ["self", "cache_dir", "cache_strategy"]
+    assert {path: new.get(path, [])[: len(parameters)] for path, parameters in old.items()} == old
+    more = [parameter for path in old for parameter in new[path][len(old[path]) :]]
+    assert [name for name, default in more if default == repr(inspect.Parameter.empty)] == []
 
 
 def test_contracts_ask_no_more_of_plugins(released):

@@ -1,7 +1,7 @@
 """Every causal architecture that transformers has, as a tiny random model made from its config class alone.
 
 The settings are generic: each config takes those that it knows. Architectures that cannot be made so small or so
-generically are left out; `SKIPPED` says why.
+generically are left out; the survey lists them.
 """
 
 from __future__ import annotations
@@ -30,6 +30,26 @@ OVERRIDES: dict[str, dict[str, Any]] = dict.fromkeys(
     ("deepseek_v2", "deepseek_v3", "glm4_moe_lite", "longcat_flash", "minicpm3", "youtu"), MLA
 )
 
+_SPECIAL = {"vocab_size": 101, "bos_token_id": 1, "eos_token_id": None, "pad_token_id": 0}
+_STATE_SPACE = {"hidden_size": 32, "state_size": 4, "num_hidden_layers": 2, **_SPECIAL}
+EXACT: dict[str, dict[str, Any]] = {
+    "falcon_mamba": _STATE_SPACE,
+    "mamba": _STATE_SPACE,
+    "mamba2": {"num_heads": 8, "head_dim": 8, "n_groups": 1, **_STATE_SPACE},
+    "reformer": {
+        "is_decoder": True, "attn_layers": ["local"], "axial_pos_embds": False, "local_attn_chunk_length": 16,
+        "hidden_size": 32, "num_attention_heads": 2, "attention_head_size": 16, "feed_forward_size": 48, **_SPECIAL,
+    },
+    "xlnet": {"d_model": 32, "n_layer": 2, "n_head": 4, "d_inner": 48, **_SPECIAL},
+    "xlstm": {"hidden_size": 64, "num_hidden_layers": 2, "num_heads": 4, "qk_dim_factor": 1.0, **_SPECIAL},
+}  # fmt: skip
+"""Those for which generic settings do not do."""
+
+WITHOUT_CACHE = (
+    "falcon_mamba", "mamba", "mamba2", "minimax", "openai-gpt", "reformer", "rwkv", "xlm", "xlnet", "xlstm",
+)  # fmt: skip
+"""What `disk_cache` refuses of those that can be made."""
+
 TESTED = (
     "apertus", "arcee", "bart", "biogpt", "bloom", "codegen", "cohere", "cohere2", "deepseek_v3", "diffllama",
     "ernie4_5", "exaone4", "gemma", "gemma2", "gemma3_text", "glm", "glm4", "gpt2", "gpt_bigcode", "gpt_neox",
@@ -45,8 +65,8 @@ def make(model_type: str) -> Any:
     config_class = CONFIG_MAPPING[model_type]
     default = config_class()
     settings = {name: value for name, value in SIZES.items() if hasattr(default, name)}
-    settings.update(OVERRIDES.get(model_type, {}))
-    kinds = getattr(default, "layer_types", None)
+    settings = EXACT.get(model_type, {**settings, **OVERRIDES.get(model_type, {})})
+    kinds = None if model_type in EXACT else getattr(default, "layer_types", None)
     if kinds is not None:  # at least one layer of every kind
         distinct = list(dict.fromkeys(kinds))
         settings["layer_types"] = (distinct * 2)[: max(2, len(distinct))]

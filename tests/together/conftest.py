@@ -15,7 +15,7 @@ from together.tiny_models import make_model
 PLUGINS = Path(__file__).parent / "plugins"
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="module", autouse=True)  # other tests of this process are to find what is really installed
 def tiny_spill_installed():
     """The policy `tiny` of the distribution in `plugins/`, discovered like any other."""
     sys.path.insert(0, str(PLUGINS))
@@ -25,7 +25,7 @@ def tiny_spill_installed():
     registry.cache_clear()
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def one_thread():
     """Tiny tensors gain nothing from threads, and threads that wait for each other cost much on a busy machine."""
     before = torch.get_num_threads()

@@ -18,6 +18,8 @@ from transformers import DynamicCache
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from ollm import disk_cache
+from ollm.errors import ConfigurationError
+from ollm.seam.support import check_takes_cache
 from together.architectures import make
 
 PAGE = Path(__file__).parents[2] / "docs" / "reference" / "models.md"
@@ -36,6 +38,15 @@ counts the layers that go to the store, of those of the tiny model.
 |---|---|---|---|
 """
 TAIL = """
+## Without a cache
+
+These take no cache for keys and values from anybody. `disk_cache` refuses them with a `ConfigurationError` before
+anything is made; `generate` works without one.
+
+| architecture | why |
+|---|---|
+{refused}
+
 ## Not tried
 
 These cannot be made so small from generic settings, need packages that were not there, or do not run with stock
@@ -49,9 +60,18 @@ class TooSlow(Exception):
     """A model took longer than it may."""
 
 
+class Refused(Exception):
+    """A model takes no cache."""
+
+
 def try_model(model_type: str) -> tuple[str, str, str]:
-    """Mode, stored layers and reason; raises where the model cannot be made or run by stock transformers."""
+    """Mode, stored layers and reason; raises where the model cannot be made or run by stock transformers, and `Refused`
+    with the reason."""
     model = make(model_type)
+    try:
+        check_takes_cache(model)
+    except ConfigurationError as error:
+        raise Refused(str(error).partition(": ")[2].partition(". Call")[0]) from error
     ids = torch.randint(3, 101, (2, 30), generator=torch.Generator().manual_seed(1))
     mask = torch.ones_like(ids)
     mask[0, :5] = 0
@@ -77,19 +97,26 @@ def main() -> None:
         raise TooSlow
 
     signal.signal(signal.SIGALRM, too_slow)
-    rows, left = [], []
+    rows, refused, left = [], [], []
     for model_type in sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):
         signal.alarm(SECONDS_PER_MODEL)
         try:
             rows.append((model_type, *try_model(model_type)))
+        except Refused as reason:
+            refused.append((model_type, str(reason)))
         except Exception:  # whatever stock code does with such settings; the page says so
             left.append(model_type)
         finally:
             signal.alarm(0)
     table = "\n".join(f"| `{name}` | {mode} | {stored} | {why} |" for name, mode, stored, why in rows)
+    without = "\n".join(f"| `{name}` | {why} |" for name, why in refused)
     names = ", ".join(f"`{name}`" for name in left)
-    PAGE.write_text(HEAD.format(version=transformers.__version__) + table + "\n" + TAIL.format(names=names))
-    print(f"{len(rows)} architectures, {sum(row[1] == 'block' for row in rows)} in block mode; {len(left)} not tried")
+    tail = TAIL.format(refused=without, names=names)
+    PAGE.write_text(HEAD.format(version=transformers.__version__) + table + "\n" + tail)
+    print(
+        f"{len(rows)} architectures, {sum(row[1] == 'block' for row in rows)} in block mode; "
+        f"{len(refused)} refused, {len(left)} not tried"
+    )
 
 
 if __name__ == "__main__":

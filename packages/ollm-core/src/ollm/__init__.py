@@ -7,21 +7,21 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ollm.factory import disk_cache
-    from ollm.files import file_get_contents
-    from ollm.inference import AutoInference, Inference
+    from ollm.api.cache import disk_cache
+    from ollm.api.files import file_get_contents
+    from ollm.api.inference import AutoInference, Inference
     from ollm.seam import TextStreamer
     from ollm.seam.cache import KVCache
 
 __version__ = "0.1.0"
 
 _HOMES = {
-    "AutoInference": "ollm.inference",
-    "Inference": "ollm.inference",
+    "AutoInference": "ollm.api.inference",
+    "Inference": "ollm.api.inference",
     "KVCache": "ollm.seam.cache",
     "TextStreamer": "ollm.seam",
-    "disk_cache": "ollm.factory",
-    "file_get_contents": "ollm.files",
+    "disk_cache": "ollm.api.cache",
+    "file_get_contents": "ollm.api.files",
 }
 
 __all__ = ["AutoInference", "Inference", "KVCache", "TextStreamer", "disk_cache", "file_get_contents"]

@@ -15,7 +15,7 @@ class ConfigurationError(OllmError, ValueError):
 
 
 class UnknownStrategyError(ConfigurationError):
-    """No plugin offers a strategy of that name; the message lists those that do, and what failed to load."""
+    """No plugin offers a strategy or a command of that name; the message lists what there is and what is not loaded."""
 
 
 class AmbiguousStrategyError(ConfigurationError):

@@ -6,6 +6,7 @@ What is listed in `__all__` is the public contract of API version 1; anything el
 from typing import TYPE_CHECKING, Any
 
 from ollm.contracts.blocks import BlockKey, Extent, KVBlock, KVLayout, Location, StoreStats
+from ollm.contracts.commands import Command
 from ollm.contracts.hookspecs import API_VERSION, hookimpl
 from ollm.contracts.kv import KVStore
 from ollm.contracts.models import ModelAdapter, ModelParts
@@ -18,6 +19,7 @@ from ollm.errors import (
     ConfigurationError,
     CorruptDataError,
     DiskFullError,
+    MissingExtraError,
     NonFiniteError,
     OllmError,
     StorageError,
@@ -28,12 +30,18 @@ from ollm.storage.options import StorageOptions
 from ollm.units import ByteSize, format_size, parse_size
 
 if TYPE_CHECKING:
+    from ollm.io.ledger import measure_memory
+    from ollm.registry import strategies
+    from ollm.seam.geometry import kv_geometry
     from ollm.storage.store import SegmentedStore
     from ollm.storage.tensors import pack, unpack
 
-_HEAVY = {
+_LATER = {
     "SegmentedStore": "ollm.storage.store",
+    "kv_geometry": "ollm.seam.geometry",
+    "measure_memory": "ollm.io.ledger",
     "pack": "ollm.storage.tensors",
+    "strategies": "ollm.registry",
     "unpack": "ollm.storage.tensors",
 }
 
@@ -42,6 +50,7 @@ __all__ = [
     "BlockKey",
     "BuildContext",
     "ByteSize",
+    "Command",
     "ConfigurationError",
     "CorruptDataError",
     "DiskFullError",
@@ -56,6 +65,7 @@ __all__ = [
     "LayerGeometry",
     "Location",
     "MemorySnapshot",
+    "MissingExtraError",
     "ModelAdapter",
     "ModelParts",
     "NoOptions",
@@ -74,17 +84,20 @@ __all__ = [
     "UnsupportedOperationError",
     "format_size",
     "hookimpl",
+    "kv_geometry",
+    "measure_memory",
     "option",
     "pack",
     "parse_size",
+    "strategies",
     "unpack",
 ]
 
 
 def __getattr__(name: str) -> Any:
-    """Import the names that need torch when they are first used, so that entry modules stay light."""
-    if name in _HEAVY:
+    """Import what needs torch, and the registry, when it is first used, so that entry modules stay light."""
+    if name in _LATER:
         from importlib import import_module
 
-        return getattr(import_module(_HEAVY[name]), name)
+        return getattr(import_module(_LATER[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

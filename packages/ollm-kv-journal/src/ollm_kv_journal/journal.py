@@ -8,15 +8,18 @@ and Ousterhout, 1992) without its cleaner. The table is core's; a commit writes 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import attrs
 
-from ollm.plugin import Extent, SegmentedStore, Storage, StoreStats
+from ollm.plugin import Extent, Location, SegmentedStore, Storage, StoreStats
 
 
 @attrs.define
 class _Journal:
     """Counts of one journal's table, as a commit would write it now."""
 
+    segment: int
     rows: int = 0
     broken: int = 0
     """How many of them do not follow the row before: what is left when all that is contiguous is joined."""
@@ -36,13 +39,19 @@ class JournalStore(SegmentedStore):
 
     def placed(self, extent: Extent) -> None:
         key, location = extent.key, extent.location
-        journal = self._journals.setdefault((key.layer, key.branch), _Journal())
+        journal = self._journals.setdefault((key.layer, key.branch), _Journal(location.segment))
         journal.rows += 1
         journal.broken += journal.end != (key.start, location.offset, key.rows)
         journal.end = extent.stop, location.offset + self.storage.record_bytes(location.nbytes), key.rows
         if journal.rows >= self._threshold and journal.broken < journal.rows:
             journal.rows = journal.broken
             self._compactions += 1
+
+    def free(self, locations: Sequence[Location]) -> None:
+        super().free(locations)
+        for location in locations:
+            if not self.storage.holds(location.segment):  # a journal that is empty begins anew
+                self._journals = {key: one for key, one in self._journals.items() if one.segment != location.segment}
 
     def stats(self) -> StoreStats:
         return attrs.evolve(super().stats(), compactions=self._compactions)

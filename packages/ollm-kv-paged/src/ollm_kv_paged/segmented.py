@@ -27,8 +27,9 @@ class SegmentedFilesStore(SegmentedStore):
         return next(number for number in itertools.count() if not self.storage.holds(number)), None
 
     def placed(self, extent: Extent) -> None:
-        self._current = extent.location.segment
-        self._end = extent.location.offset + extent.location.nbytes
+        location, storage = extent.location, self.storage
+        self._current = location.segment
+        self._end = location.offset + storage.record_bytes(location.nbytes) - storage.record_bytes(0)
 
     def adopt(self, extents: Sequence[Extent]) -> None:
         super().adopt(sorted(extents, key=lambda one: (one.location.segment, one.location.offset)))

@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections import defaultdict, deque
 from collections.abc import Callable, Hashable, Sequence
 
-from ollm.plugin import BlockKey, Extent, KVLayout, Location, SegmentedStore, Storage
+from ollm.plugin import BlockKey, CorruptDataError, Extent, KVLayout, Location, SegmentedStore, Storage
 
 
 class Slots(ABC):
@@ -114,6 +114,16 @@ class SlottedStore(SegmentedStore):
         number = extent.location.segment
         self._slot_bytes[number] = self._bytes(extent.key, extent.layout)
         self._slots[number].take(self.slot(extent.location))
+
+    def adopt(self, extents: Sequence[Extent]) -> None:
+        sizes: dict[int, int] = {}
+        for extent in extents:
+            location, size = extent.location, self._bytes(extent.key, extent.layout)
+            taken = self.storage.record_bytes(location.nbytes)
+            begins = location.offset % size == self.storage.record_bytes(0)  # a header, and the payload behind it
+            if not begins or taken > size or sizes.setdefault(location.segment, size) != size:
+                raise CorruptDataError(f"{extent} is not in a slot of segment {location.segment}.")
+        super().adopt(extents)
 
     def free(self, locations: Sequence[Location]) -> None:
         super().free(locations)

@@ -21,7 +21,7 @@ def plugins(
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Also print options and downsides.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, with everything that -v prints.")] = False,
 ) -> None:
-    """List every plugin with its distribution, version and strategies; for broken ones, the reason.
+    """List every plugin with its distribution, version, strategies and commands; for broken ones, the reason.
 
     Exit code 0, also when plugins are broken: they are reported and disturb nothing.
     """
@@ -48,16 +48,18 @@ def _print_report(console: Console, found: Registry, report: PluginReport, verbo
         console.print(Text(f"  warning: {warning}", style="yellow"))
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 2))
     for offer in report.offers:
-        table.add_row(Text(offer.kind.label, style="dim"), Text(found.name_of(offer), style="cyan"), _summary(offer))
+        table.add_row(*_line(offer.kind.label, found.name_of(offer), offer.strategy.summary))
         if verbose:
             for line in _details(offer):
                 table.add_row("", "", Text(line, style="dim"))
-    if report.offers:
+    for command in report.commands:
+        table.add_row(*_line(found.commands.label, found.commands.of(command), command.command.summary))
+    if table.row_count:
         console.print(table)
 
 
-def _summary(offer: Offer) -> Text:
-    return Text(offer.strategy.summary)
+def _line(what: str, name: str, summary: str) -> tuple[Text, Text, Text]:
+    return Text(what, style="dim"), Text(name, style="cyan"), Text(summary)
 
 
 def _details(offer: Offer) -> list[str]:
@@ -86,6 +88,14 @@ def _as_dict(found: Registry, report: PluginReport) -> dict[str, Any]:
         "reason": report.reason or None,
         "warnings": list(report.warnings),
         "strategies": [_strategy_as_dict(found, offer) for offer in report.offers],
+        "commands": [
+            {
+                "name": found.commands.of(offer),
+                "qualified_name": offer.qualified_name,
+                "summary": offer.command.summary,
+            }
+            for offer in report.commands
+        ],
     }
 
 

@@ -98,7 +98,8 @@ class Location:
     segment: int = -1
     """Which file of the storage holds them; -1 when they are in none."""
     offset: int = -1
-    """Where they begin in that file. A store without files may number its blocks here."""
+    """Where they begin in that file. A store without files numbers its blocks here: no two that were not freed have the
+    same location."""
     encoded: bool = False
     """Whether they are in an encoding of the store's own, so that no part of them means anything without the rest."""
 

@@ -1,14 +1,15 @@
-"""The four hooks of the pluggy project `ollm`. This file is a specification: it holds no code.
+"""The hooks of the pluggy project `ollm`. This file is a specification: it holds no code.
 
 A plugin is a module named by one entry point in the group `ollm`. It holds `ollm_api_version = 1` and
 functions marked with `ollm.plugin.hookimpl`. It must import neither torch nor transformers: what is heavy
-is imported by `Strategy.build`, when the strategy is used.
+is imported by `Strategy.build` when the strategy is used, and by running a `Command`.
 """
 
 from collections.abc import Iterable
 
 import pluggy
 
+from ollm.contracts.commands import Command
 from ollm.contracts.kv import KVStore
 from ollm.contracts.models import ModelAdapter
 from ollm.contracts.offload import OffloadPlacement
@@ -59,4 +60,13 @@ def ollm_model_adapters() -> Iterable[Strategy[ModelAdapter]]:  # type: ignore[e
 
     Each strategy's `build` takes a `BuildContext` and returns a `ModelAdapter`.
     Used by `Inference` and `AutoInference` for the model that they load. The adapter named `generic` is asked last.
+    """
+
+
+@hookspec
+def ollm_commands() -> Iterable[Command]:  # type: ignore[empty-body]
+    """Offer commands: what `ollm` runs by a name, beside the commands of core.
+
+    Each names the typer app or the function that it runs, which is imported only then: `ollm --help` and `ollm plugins`
+    show its summary without it.
     """

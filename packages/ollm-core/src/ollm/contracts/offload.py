@@ -2,8 +2,19 @@
 
 from __future__ import annotations
 
+import enum
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+
+
+class Tier(enum.Enum):
+    """Where a layer's weights stay between forward passes."""
+
+    DISK = "disk"
+    """Nowhere: they are read each time."""
+    HOST = "host"
+    DEVICE = "device"
+    """The model's own; on a CPU it is the same as `HOST`."""
 
 
 class OffloadPlacement(ABC):

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import types
 import typing
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import attrs
-import cattrs
-from cattrs.errors import ForbiddenExtraKeysError
 
 from ollm.errors import ConfigurationError
 from ollm.units import ByteSize, parse_size
+
+if TYPE_CHECKING:
+    import cattrs
 
 
 @attrs.frozen
@@ -91,7 +93,10 @@ def _structure_str(value: object, _: type) -> str:
     return value
 
 
-def _make_converter() -> cattrs.Converter:
+@functools.cache
+def _converter() -> cattrs.Converter:
+    import cattrs  # not while plugins are only listed
+
     converter = cattrs.Converter(forbid_extra_keys=True, detailed_validation=False)
     converter.register_structure_hook(int, _structure_int)
     converter.register_structure_hook(bool, _structure_bool)
@@ -99,9 +104,6 @@ def _make_converter() -> cattrs.Converter:
     converter.register_structure_hook(str, _structure_str)
     converter.register_structure_hook(ByteSize, lambda value, _: parse_size(value, "value"))
     return converter
-
-
-_converter = _make_converter()
 
 
 def structure_options(options: type, values: Mapping[str, Any], *, strategy: str) -> Any:
@@ -112,10 +114,12 @@ def structure_options(options: type, values: Mapping[str, Any], *, strategy: str
     Raises:
         ConfigurationError: for unknown names (the known ones are listed) and values that do not fit.
     """
+    from cattrs.errors import ForbiddenExtraKeysError
+
     if not isinstance(values, Mapping):
         raise ConfigurationError(f"options={values!r} for '{strategy}': give a mapping of option names to values.")
     try:
-        return _converter.structure(dict(values), options)
+        return _converter().structure(dict(values), options)
     except ForbiddenExtraKeysError as error:
         known = ", ".join(field.name for field in attrs.fields(options)) or "none"
         unknown = ", ".join(sorted(map(repr, error.extra_fields)))
@@ -126,3 +130,20 @@ def structure_options(options: type, values: Mapping[str, Any], *, strategy: str
         raise ConfigurationError(
             f"'{strategy}' does not take the options {given}: {reason}. See `ollm plugins -v` for what they mean."
         ) from error
+
+
+def structure_field(record: type, name: str, value: Any) -> Any:
+    """The value of one field of an attrs class, by the field's own converter or by its type, as `structure_options`.
+
+    Raises:
+        ConfigurationError: it does not fit.
+    """
+    field = attrs.fields_dict(record)[name]
+    try:
+        if callable(field.converter):
+            return field.converter(value)
+        return _converter().structure(value, typing.get_type_hints(record)[name])
+    except ConfigurationError:  # of a converter, which names the field
+        raise
+    except Exception as error:
+        raise ConfigurationError(f"{name}={value!r}: {error.args[0] if error.args else error}.") from None

@@ -21,12 +21,14 @@ T_co = TypeVar("T_co", covariant=True)
 _NAME = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")
 
 
-def _is_text(_: object, attribute: Any, value: Any) -> None:
+def is_text(_: object, attribute: Any, value: Any) -> None:
+    """Validator of a field."""
     if not isinstance(value, str):
         raise TypeError(f"{attribute.name}={value!r}: must be text")
 
 
-def _check_name(_: object, attribute: Any, value: Any) -> None:
+def check_name(_: object, attribute: Any, value: Any) -> None:
+    """Validator of what people type to choose something: lower-case words joined by `-`."""
     if not isinstance(value, str) or not _NAME.fullmatch(value):
         raise ValueError(f"{attribute.name}={value!r}: use lower-case words joined by '-', such as 'sliding-window'")
 
@@ -85,9 +87,9 @@ class Strategy(Generic[T_co]):
         ValueError, TypeError: from the constructor, when a field breaks its rule.
     """
 
-    name: str = attrs.field(validator=_check_name)
+    name: str = attrs.field(validator=check_name)
     """Lower-case words joined by `-`. First-party names are reserved; see `ollm plugins`."""
-    summary: str = attrs.field(validator=attrs.validators.and_(_is_text, attrs.validators.min_len(1)))
+    summary: str = attrs.field(validator=attrs.validators.and_(is_text, attrs.validators.min_len(1)))
     """One line for `ollm plugins`."""
     build: Callable[[Any], T_co] = attrs.field(validator=attrs.validators.is_callable())
     """Makes the object, importing what is heavy. Takes a `BuildContext` (`KVBuildContext` for KV stores)."""

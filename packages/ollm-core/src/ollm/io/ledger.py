@@ -56,7 +56,7 @@ class MemoryLedger:
 
     def __init__(self) -> None:
         self._claims: list[Claim] = []
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # the garbage collector may release a claim while one is being made
 
     def measure(self, device: torch.device) -> MemorySnapshot:
         """What is free now, less what was claimed and is not filled yet."""
@@ -113,7 +113,7 @@ class MemoryLedger:
         )
 
     def _unfilled(self, device: str) -> int:
-        return sum(max(claim.nbytes - claim.used, 0) for claim in self._claims if claim.device == device)
+        return sum(max(claim.nbytes - claim.used, 0) for claim in tuple(self._claims) if claim.device == device)
 
 
 ledger = MemoryLedger()
@@ -121,7 +121,7 @@ ledger = MemoryLedger()
 
 
 def measure_memory(device: torch.device) -> MemorySnapshot:
-    """Total and free bytes now, as the tightest limit allows."""
+    """Total and free bytes now, on the host and on `device`, as the tightest limit allows; memory cgroups count."""
     host = psutil.virtual_memory()
     total, free = host.total, host.available
     for limit, used in _cgroup_limits():

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ollm.contracts.blocks import Extent, KVBlock
 from ollm.contracts.storage import Pieces, Storage
-from ollm.io.buffers import BufferPool
+from ollm.io.buffers import BufferPool, tensor_bytes
 from ollm.storage.tensors import head_spans
 
 IN_FLIGHT = 32
@@ -41,12 +41,18 @@ class _Wanted:
     """Bytes of an extent, and where they go."""
 
     start: int
-    target: Tensor
-    """uint8."""
+    stop: int
+    target: memoryview
 
-    @property
-    def stop(self) -> int:
-        return self.start + self.target.numel()
+    def take(self, pieces: Pieces, content: memoryview) -> None:
+        """What of these pieces is wanted."""
+        low, high = max(self.start, pieces.start), min(self.stop, pieces.stop)
+        if low < high:  # not torch, whose threads wait for each other longer than so few bytes take
+            self.target[low - self.start : high - self.start] = content[low - pieces.start : high - pieces.start]
+
+
+_Flying = tuple[Future[None], Tensor]
+"""A read, and its buffer."""
 
 
 class PartReader:
@@ -77,7 +83,7 @@ class PartReader:
         wanted: dict[Extent, list[_Wanted]] = {}
         for part, block in zip(parts, blocks, strict=True):
             wanted.setdefault(part.extent, []).extend(_spans(part, block))
-        flying: deque[tuple[Future[Tensor], Tensor, Pieces, list[_Wanted]]] = deque()
+        flying: deque[_Flying] = deque()
         try:
             for extent, spans in wanted.items():
                 for pieces in self._runs(extent, spans):
@@ -85,15 +91,14 @@ class PartReader:
                         self._land(flying)
                     buffer = self._buffers.take(pieces.stop - pieces.start)
                     try:
-                        future = self._storage.submit(self._storage.read_pieces, pieces, buffer)
+                        flying.append((self._storage.submit(_read_into, self._storage, pieces, buffer, spans), buffer))
                     except BaseException:
                         self._buffers.give_back(buffer)
                         raise
-                    flying.append((future, buffer, pieces, spans))
             while flying:
                 self._land(flying)
         finally:
-            for future, buffer, *_ in flying:  # after an error
+            for future, buffer in flying:  # after an error
                 if not future.cancel():
                     wait([future])
                 self._buffers.give_back(buffer)
@@ -110,12 +115,14 @@ class PartReader:
             for pieces in self._pieces(extent, span):
                 if run is None:
                     run = pieces
+                elif pieces.stop <= run.stop:  # which an earlier span wanted too
+                    continue
                 elif pieces.start > run.stop or pieces.stop - run.start > MOST_READ_BYTES:
                     yield run
-                    run = attrs.evolve(pieces, start=max(pieces.start, run.stop))
+                    run = pieces
                 else:
-                    run = attrs.evolve(run, stop=max(run.stop, pieces.stop))
-        if run is not None and run.start < run.stop:
+                    run = attrs.evolve(run, stop=pieces.stop)
+        if run is not None:
             yield run
 
     def _pieces(self, extent: Extent, span: _Wanted) -> Iterator[Pieces]:
@@ -126,16 +133,19 @@ class PartReader:
             yield piece
             at = piece.stop
 
-    def _land(self, flying: deque[tuple[Future[Tensor], Tensor, Pieces, list[_Wanted]]]) -> None:
-        """Take the bytes of the oldest read where they are wanted."""
-        future, buffer, pieces, spans = flying[0]
-        content = future.result()
+    def _land(self, flying: deque[_Flying]) -> None:
+        """Wait for the oldest read."""
+        future, buffer = flying[0]
+        future.result()
         flying.popleft()
-        for span in spans:
-            low, high = max(span.start, pieces.start), min(span.stop, pieces.stop)
-            if low < high:
-                span.target[low - span.start : high - span.start] = content[low - pieces.start : high - pieces.start]
         self._buffers.give_back(buffer)
+
+
+def _read_into(storage: Storage, pieces: Pieces, buffer: Tensor, spans: Sequence[_Wanted]) -> None:
+    """What a worker does."""
+    content = tensor_bytes(storage.read_pieces(pieces, buffer))
+    for span in spans:
+        span.take(pieces, content)
 
 
 def _empty(part: Part) -> KVBlock:
@@ -149,5 +159,4 @@ def _spans(part: Part, block: KVBlock) -> Iterator[_Wanted]:
         found = head_spans(part.extent, head, part.tokens.start, part.tokens.stop)
         for row in range(part.extent.key.rows):
             for tensor in (block.keys, block.values):
-                start, _ = next(found)
-                yield _Wanted(start, tensor[row, number].view(-1).view(torch.uint8))
+                yield _Wanted(*next(found), tensor_bytes(tensor[row, number]))

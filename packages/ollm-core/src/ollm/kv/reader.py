@@ -19,16 +19,13 @@ import attrs
 import torch
 from torch import Tensor
 
-from ollm.contracts.blocks import EXTENT_BYTES, Extent, Location
+from ollm.contracts.blocks import Extent, Location
 from ollm.contracts.kv import KVStore
 from ollm.contracts.storage import Storage
 from ollm.errors import StoreContractError
 from ollm.io.buffers import BufferPool
 from ollm.kv.state import KVCounters
 from ollm.storage.records import run_span
-
-READ_BYTES = EXTENT_BYTES + 2**16
-"""The most that is read at once: an extent of 8 MiB, or several smaller ones that are neighbours."""
 
 Run = tuple[Extent, ...]
 """Extents that are read at once: neighbours in a file, or a single one."""

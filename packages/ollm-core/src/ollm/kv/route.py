@@ -13,9 +13,10 @@ import attrs
 
 from ollm.attention.blockwise import Block
 from ollm.kv.encoded import EncodedResidency
-from ollm.kv.reader import READ_BYTES, Run
+from ollm.kv.reader import Run
 from ollm.kv.residency import Piece, Residency
 from ollm.kv.table import Entries, Entry
+from ollm.storage.options import BUFFER_BYTES
 from ollm.storage.records import record_span
 
 _LEAST_SLICE_BYTES = 8 * 2**20
@@ -45,15 +46,19 @@ class RoutePlanner:
         self._tiers = tiers
         self._encoded = encoded
         self._in_files = in_files
-        self._routes: WeakKeyDictionary[Entries, tuple[int, Route]] = WeakKeyDictionary()
+        self._routes: WeakKeyDictionary[Entries, Route] = WeakKeyDictionary()
+        self._version = 0
 
     def route(self, entries: Entries) -> Route:
         """The route of what a layer holds."""
         version = self._encoded.version + sum(tier.version for tier in self._tiers)
+        if version != self._version:  # all of them: they hold memory that may not be resident any more
+            self._routes.clear()
+            self._version = version
         known = self._routes.get(entries)
-        if known is None or known[0] != version:
-            known = self._routes[entries] = version, self._made(entries)
-        return known[1]
+        if known is None:
+            known = self._routes[entries] = self._made(entries)
+        return known
 
     def _made(self, entries: Entries) -> Route:
         joined: list[tuple[Piece, Entry, int]] = []  # a piece, the first entry in it, and where the last one ends
@@ -89,7 +94,7 @@ class RoutePlanner:
             location = entry.extent.location
             start, stop = record_span(location)
             together = run and location.segment == run[-1].extent.location.segment and start == end
-            if not (self._in_files and together and stop - begin <= READ_BYTES):
+            if not (self._in_files and together and stop - begin <= BUFFER_BYTES):
                 if run:
                     yield tuple(run)
                 run, begin = [], start

@@ -24,11 +24,12 @@ from ollm.io.scheduler import scheduler_of
 from ollm.io.streams import CudaStreams
 from ollm.kv.encoded import EncodedResidency, Scratch
 from ollm.kv.parts import Part, PartReader
-from ollm.kv.reader import READ_BYTES, BlockReader, Run, check_raw
+from ollm.kv.reader import BlockReader, Run, check_raw
 from ollm.kv.residency import Residency, Share
 from ollm.kv.route import Route, RoutePlanner
 from ollm.kv.state import KVCounters
 from ollm.kv.table import Entries, Entry, take
+from ollm.storage.options import BUFFER_BYTES
 
 _ON_THE_DEVICE = 3
 """Device buffers: one is being computed with, one is filled, one waits."""
@@ -74,10 +75,10 @@ class BlockSource:
         with ExitStack() as undo:  # until all is made
             if staged:
                 streams = CudaStreams(device)
-                self._ring = DeviceRing("Staging buffers", device, READ_BYTES, streams, count=_ON_THE_DEVICE)
+                self._ring = DeviceRing("Staging buffers", device, BUFFER_BYTES, streams, count=_ON_THE_DEVICE)
                 undo.callback(self._ring.close)
             if not store.in_memory:
-                buffers = BufferPool("Read buffers", plan.read_buffers, READ_BYTES, pinned=staged)
+                buffers = BufferPool("Read buffers", plan.read_buffers, BUFFER_BYTES, pinned=staged)
                 undo.callback(buffers.close)
                 if store.storage is None:
                     scheduler = scheduler_of(None)

@@ -2,7 +2,7 @@
 
 pluggy's own `load_setuptools_entrypoints` aborts on the first broken import, skips duplicates in silence and leaves
 misspelt hooks unnoticed; hence a loop of our own, with one `PluginManager` per plugin. It knows nothing of names that
-several plugins offer: see `catalog`.
+several plugins offer: see `names`.
 """
 
 from __future__ import annotations
@@ -14,39 +14,40 @@ import re
 import sys
 import traceback
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 import importlib_metadata
 import pluggy
 
 from ollm.contracts import hookspecs
+from ollm.contracts.commands import Command
 from ollm.contracts.options import describe_options
 from ollm.contracts.strategy import Strategy
 from ollm.deprecations import OllmDeprecationWarning
 from ollm.errors import PluginError
-from ollm.registry.kinds import RESERVED, Kind, directory_of
-from ollm.registry.report import Offer, PluginReport, Status
+from ollm.registry.kinds import COMMANDS, RESERVED, Kind, directory_of
+from ollm.registry.report import CommandOffer, Offer, PluginReport, Status
 
 DISABLE_VARIABLE = "OLLM_DISABLE_PLUGINS"
-_MOST_STRATEGIES = 256
+_MOST_RECORDS = 256
 _HEAVY_MODULES = ("torch", "transformers")
 
 
 def discover() -> tuple[PluginReport, ...]:
     """Load every plugin that is installed, in a fixed order, and report on each. Raises for no plugin's fault."""
     disabled = {_normal(name.strip()) for name in os.environ.get(DISABLE_VARIABLE, "").split(",")}
-    points = sorted(
-        importlib_metadata.entry_points(group=hookspecs.PROJECT), key=lambda point: (_owner(point), point.name)
-    )
-    return tuple(_report(point, disabled) for point in points)
+    points = [(_owner(point), point) for point in importlib_metadata.entry_points(group=hookspecs.PROJECT)]
+    points.sort(key=lambda found: (found[0], found[1].name))
+    return tuple(_report(point, *owner, disabled) for owner, point in points)
 
 
 def _owner(point: importlib_metadata.EntryPoint) -> tuple[str, str]:
     """Normalised name and version of the distribution that a plugin came with."""
     with contextlib.suppress(Exception):  # metadata without a name, or none: what an interrupted uninstall leaves
         if point.dist is not None:
-            return _normal(point.dist.name), point.dist.version
+            metadata = point.dist.metadata  # read and parsed each time that it is asked for
+            return _normal(metadata["Name"]), metadata["Version"]
     return "unknown", "0"
 
 
@@ -55,9 +56,7 @@ def _normal(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
-def _report(point: importlib_metadata.EntryPoint, disabled: set[str]) -> PluginReport:
-    distribution, version = _owner(point)
-
+def _report(point: importlib_metadata.EntryPoint, distribution: str, version: str, disabled: set[str]) -> PluginReport:
     def report(status: Status, **more: Any) -> PluginReport:
         return PluginReport(
             name=point.name, module=point.value, distribution=distribution, version=version, status=status, **more
@@ -68,7 +67,7 @@ def _report(point: importlib_metadata.EntryPoint, disabled: set[str]) -> PluginR
     before = {module for module in _HEAVY_MODULES if module in sys.modules}
     try:
         with warnings.catch_warnings(record=True, action="always", category=OllmDeprecationWarning) as caught:
-            offers = tuple(_load(point, distribution))
+            offers, commands = _load(point, distribution)
         undocumented = _undocumented_options(offers)
     except KeyboardInterrupt:  # the user's own Ctrl-C
         raise
@@ -81,11 +80,13 @@ def _report(point: importlib_metadata.EntryPoint, disabled: set[str]) -> PluginR
             notes.append(str(warning.message))
         else:  # the plugin's own business
             warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
-    return report(Status.LOADED, offers=offers, warnings=(*notes, *undocumented))
+    return report(Status.LOADED, offers=offers, commands=commands, warnings=(*notes, *undocumented))
 
 
-def _load(point: importlib_metadata.EntryPoint, distribution: str) -> Iterator[Offer]:
-    """Import one plugin, register it with a manager of its own, and yield what it offers, checked."""
+def _load(
+    point: importlib_metadata.EntryPoint, distribution: str
+) -> tuple[tuple[Offer, ...], tuple[CommandOffer, ...]]:
+    """Import one plugin, register it with a manager of its own, and return what it offers, checked."""
     plugin = point.load()
     version = getattr(plugin, "ollm_api_version", None)
     if version != hookspecs.API_VERSION:
@@ -97,34 +98,46 @@ def _load(point: importlib_metadata.EntryPoint, distribution: str) -> Iterator[O
     manager.register(plugin, name=point.name)
     manager.check_pending()
     if not manager.get_hookcallers(plugin):
-        known = ", ".join(kind.value for kind in Kind)
+        known = ", ".join((*(kind.value for kind in Kind), COMMANDS))
         raise PluginError(f"has no function marked with `ollm.plugin.hookimpl`. The hooks: {known}")
-    seen: set[tuple[Kind, str]] = set()
-    for kind in Kind:
-        hook = getattr(manager.hook, kind.value)
-        for answer in hook() or [None] * len(hook.get_hookimpls()):  # pluggy leaves answers of `None` out
-            for strategy in _strategies(kind, answer):
-                _check(kind, strategy, distribution)
-                if (kind, strategy.name) in seen:
-                    raise PluginError(f"{kind.value}() offers '{strategy.name}' twice")
-                seen.add((kind, strategy.name))
-                yield Offer(kind=kind, strategy=strategy, distribution=distribution)
+    strategies = [(kind, strategy) for kind in Kind for strategy in _answers(manager, kind.value, Strategy)]
+    for kind, strategy in strategies:
+        _check(kind, strategy, distribution)
+    commands = _answers(manager, COMMANDS, Command)
+    return (
+        tuple(Offer(kind=kind, strategy=strategy, distribution=distribution) for kind, strategy in strategies),
+        tuple(CommandOffer(command=command, distribution=distribution) for command in commands),
+    )
 
 
-def _strategies(kind: Kind, answer: object) -> list[Any]:
+def _answers(manager: pluggy.PluginManager, hook: str, record: type[Any]) -> list[Any]:
+    """All that a plugin's implementations of a hook answer with: records, no two of one name."""
+    caller = getattr(manager.hook, hook)
+    found: list[Any] = []
+    for answer in caller() or [None] * len(caller.get_hookimpls()):  # pluggy leaves answers of `None` out
+        found += _records(hook, record, answer)
+    names = [one.name for one in found]
+    for name in names:
+        if names.count(name) > 1:
+            raise PluginError(f"{hook}() offers '{name}' twice")
+    return found
+
+
+def _records(hook: str, record: type[Any], answer: object) -> list[Any]:
     """The answer of a hook as a list; a generator that fails late fails here."""
     if not isinstance(answer, Iterable) or isinstance(answer, (str, bytes)):
-        raise PluginError(f"{kind.value}() returned {answer!r}: it must return an iterable of `Strategy`")
-    strategies = list(itertools.islice(answer, _MOST_STRATEGIES + 1))
-    if len(strategies) > _MOST_STRATEGIES:
-        raise PluginError(f"{kind.value}() offers more than {_MOST_STRATEGIES} strategies: does it ever end?")
-    return strategies
+        raise PluginError(f"{hook}() returned {answer!r}: it must return an iterable of `{record.__name__}`")
+    records = list(itertools.islice(answer, _MOST_RECORDS + 1))
+    if len(records) > _MOST_RECORDS:
+        raise PluginError(f"{hook}() offers more than {_MOST_RECORDS}: does it ever end?")
+    for one in records:
+        if not isinstance(one, record):
+            raise PluginError(f"{hook}() offers {one!r}: it must be an `ollm.plugin.{record.__name__}`")
+    return records
 
 
-def _check(kind: Kind, strategy: object, distribution: str) -> None:
-    """Everything about an answer that can be known without building it."""
-    if not isinstance(strategy, Strategy):
-        raise PluginError(f"{kind.value}() offers {strategy!r}: it must be an `ollm.plugin.Strategy`")
+def _check(kind: Kind, strategy: Strategy[Any], distribution: str) -> None:
+    """Everything about a strategy of a kind that can be known without building it."""
     if kind is not Kind.KV_STORE:
         if strategy.facts is not None:
             raise PluginError(f"{kind.label} '{strategy.name}': `facts` are for KV stores only")

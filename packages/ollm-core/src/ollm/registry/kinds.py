@@ -1,4 +1,5 @@
-"""The four kinds of strategy, the hook that asks for each, and the names that belong to ollm itself."""
+"""The four kinds of strategy, the hook that asks for each, and the names that belong to ollm itself, those of commands
+included."""
 
 from __future__ import annotations
 
@@ -35,6 +36,7 @@ class Home:
 
     distribution: str
     extra: str | None
+    """`None` for core, and for what is not published yet."""
 
 
 _CORE = Home("ollm-core", None)
@@ -42,6 +44,7 @@ _PAGED = Home("ollm-kv-paged", "paged")
 _JOURNAL = Home("ollm-kv-journal", "journal")
 _QUANT = Home("ollm-kv-quant", "quant")
 _OFFLOAD = Home("ollm-offload", "offload")
+_BENCH = Home("ollm-bench", "bench")
 
 RESERVED: dict[Kind, dict[str, Home]] = {
     Kind.KV_STORE: {
@@ -62,6 +65,17 @@ RESERVED: dict[Kind, dict[str, Home]] = {
     Kind.MODEL_ADAPTER: {"llama": _CORE, "generic": _CORE},
 }
 """Names that only their home distribution can offer unqualified, whatever else is installed and in whatever order."""
+
+COMMANDS = "ollm_commands"
+"""The hook that asks for commands, which are no strategies: nobody builds or configures them."""
+
+RESERVED_COMMANDS: dict[str, Home] = {
+    **dict.fromkeys(("doctor", "plugins"), _CORE),
+    "bench": _BENCH,
+    "serve": Home("ollm-server", None),
+    "batch": Home("ollm-batch", None),
+}
+"""The same of commands. Core's own are in no plugin: `ollm plugins` works whatever is switched off."""
 
 
 def directory_of(name: str) -> str:

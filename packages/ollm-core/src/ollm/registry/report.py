@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import enum
+from abc import ABC, abstractmethod
 from typing import Any
 
 import attrs
 
+from ollm.contracts.commands import Command
 from ollm.contracts.strategy import Strategy
 from ollm.registry.kinds import Kind
 
@@ -20,17 +22,43 @@ class Status(enum.Enum):
 
 
 @attrs.frozen(kw_only=True)
-class Offer:
-    """One strategy that a loaded plugin offers."""
+class Named(ABC):
+    """Something that a loaded plugin offers under a name."""
 
-    kind: Kind
-    strategy: Strategy[Any]
     distribution: str
+
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """As the plugin calls it."""
 
     @property
     def qualified_name(self) -> str:
         """`distribution/name`: always unambiguous."""
-        return f"{self.distribution}/{self.strategy.name}"
+        return f"{self.distribution}/{self.name}"
+
+
+@attrs.frozen(kw_only=True)
+class Offer(Named):
+    """One strategy that a loaded plugin offers."""
+
+    kind: Kind
+    strategy: Strategy[Any]
+
+    @property
+    def name(self) -> str:
+        return self.strategy.name
+
+
+@attrs.frozen(kw_only=True)
+class CommandOffer(Named):
+    """One command that a loaded plugin offers."""
+
+    command: Command
+
+    @property
+    def name(self) -> str:
+        return self.command.name
 
 
 @attrs.frozen(kw_only=True)
@@ -48,6 +76,8 @@ class PluginReport:
     """Why it is broken or disabled."""
     warnings: tuple[str, ...] = ()
     offers: tuple[Offer, ...] = ()
+    """Its strategies."""
+    commands: tuple[CommandOffer, ...] = ()
 
     def __str__(self) -> str:
         head = f"{self.name} ({self.distribution} {self.version})"

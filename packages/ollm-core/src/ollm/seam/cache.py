@@ -17,6 +17,7 @@ from typing import Any, NoReturn, Self
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from ollm.changes import Change, ChangesFor
 from ollm.errors import (
     CacheClosedError,
     ConfigurationError,
@@ -46,7 +47,7 @@ class KVCache(Cache):
         *,
         spill_policy: str,
         lossless: bool,
-        switch_on: Callable[[], Callable[[], None]] | None = None,
+        switch_on: Change | None = None,
         mode_reason: str = "",
         origin: KVCache | None = None,
     ) -> None:
@@ -60,12 +61,11 @@ class KVCache(Cache):
                 cache is closed or dropped; `None` for tensor mode.
             origin: the cache that this one is a fork of.
         """
-        self._config, self._switch_on = config, switch_on
-        self._undo_blocks = weakref.finalize(self, switch_on()) if switch_on else None
-        if self._undo_blocks is not None:
-            self._undo_blocks.atexit = False  # at exit the model goes as well
+        self._config = config
+        self._blocks: bool = origin._blocks if origin else switch_on is not None
+        self.changes = ChangesFor(self)  # what is done to the model while the cache is open; a fork does the same
         self._mode_reason = mode_reason
-        self.piece_rows: int | None = None
+        self.piece_tokens: int | None = None
         """The longest piece of a prompt that a layer takes at once; `None` for all of it."""
         self.progress: Callable[[PrefillProgress], None] | None = None
         """Called after every piece of every layer of a prefill."""
@@ -92,6 +92,7 @@ class KVCache(Cache):
         self._attention_layers = [i for i, layer in enumerate(self.layers) if isinstance(layer, CacheLayerMixin)]
         if not self._stored:
             logger.warning("No layer of this model has full attention, so nothing of it goes to a store.")
+        self.changes.make(*(origin.changes.made if origin else [switch_on] if switch_on else []))
 
     @property
     def counters(self) -> KVCounters:
@@ -184,9 +185,9 @@ class KVCache(Cache):
             raise ConfigurationError(f"fork(n={n!r}): give the number of continuations of every row, 1 or more.")
         fork = KVCache(
             self._config, self._session, spill_policy=self._spill_policy, lossless=self._lossless,
-            switch_on=self._switch_on, mode_reason=self._mode_reason, origin=self,
+            mode_reason=self._mode_reason, origin=self,
         )  # fmt: skip
-        fork.piece_rows, fork.progress = self.piece_rows, self.progress
+        fork.piece_tokens, fork.progress = self.piece_tokens, self.progress
         try:
             for index, layer in enumerate(self.layers):
                 if index not in self._stored:
@@ -208,7 +209,7 @@ class KVCache(Cache):
             strategy=self._session.strategy,
             spill_policy=self._spill_policy,
             lifecycle="runtime-scoped",
-            mode="block" if self._undo_blocks else "tensor",
+            mode="block" if self._blocks else "tensor",
             mode_reason=self._mode_reason,
             lossless=self._lossless,
             directory=self._session.directory,
@@ -242,8 +243,7 @@ class KVCache(Cache):
         """Free everything that no fork needs, on disk too. May be called twice; the cache cannot be used afterwards."""
         if not self._closed:
             self._closed = True
-            if self._undo_blocks is not None:
-                self._undo_blocks()
+            self.changes.undo()
             self._leave.detach()
             self._session.leave(self._branch, functools.partial(_close_all, list(self._stored.values())))
 
@@ -263,7 +263,7 @@ class KVCache(Cache):
 
     def _new_layer(self, index: int) -> Any:
         if index in self._stored:
-            return StoredLayer(self._stored[index], croppable=self._lossless, blocks=self._undo_blocks is not None)
+            return StoredLayer(self._stored[index], croppable=self._lossless, blocks=self._blocks)
         kind, arguments = self._layer_types[index]
         return stock_layer(kind, arguments)
 

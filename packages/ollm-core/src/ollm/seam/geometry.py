@@ -36,23 +36,71 @@ def without_adapter(model: Any) -> Any:
 
 
 def layer_types(config: Any) -> list[tuple[str, dict[str, Any]]]:
-    """The cache layer type of every decoder layer, with the arguments of its stock class."""
-    types, arguments = get_layer_types_and_kwargs(config)
+    """The cache layer type of every decoder layer, with the arguments of its stock class.
+
+    Raises:
+        ConfigurationError: transformers cannot make a cache for such a config either.
+    """
+    try:
+        types, arguments = get_layer_types_and_kwargs(config)
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        raise ConfigurationError(
+            f"transformers cannot tell from this {type(config).__name__} what its layers keep: {error}"
+        ) from error
     if isinstance(arguments, dict):  # up to 5.17 one dict serves all layers, whose classes ignore what is not theirs
         arguments = [arguments] * len(types)
     return list(zip(types, arguments, strict=True))
 
 
 def kv_geometry(config: Any, dtype: torch.dtype) -> KVGeometry:
-    """Expected shapes of the stored layers, for planning. What a model really appends decides."""
-    query_heads = getattr(config, "num_attention_heads", None) or 1  # models without attention have none
-    heads = getattr(config, "num_key_value_heads", None) or query_heads
-    key_size = getattr(config, "head_dim", None) or getattr(config, "hidden_size", 0) // query_heads
-    value_size = getattr(config, "v_head_dim", None) or key_size
+    """Expected shapes of the layers whose keys and values go to a store: those with full attention. For planning: what
+    a model really appends decides.
+
+    Args:
+        config: transformers' config of a decoder, without parts for images or sound.
+        dtype: of keys and values.
+
+    Raises:
+        ConfigurationError: a size in the config is no number.
+    """
+    kinds = [kind for kind, _ in layer_types(config)]
     return KVGeometry(
         tuple(
-            LayerGeometry(index, heads, key_size, value_size, dtype.itemsize)
-            for index, (kind, _) in enumerate(layer_types(config))
+            _layer_geometry(_of_layer(config, index), index, dtype)
+            for index, kind in enumerate(kinds)
             if kind == STORED_LAYER_TYPE
         )
     )
+
+
+def largest(config: Any, name: str) -> int | None:
+    """A size from the config, of the layer where it is largest; `None` where there is none, or 0.
+
+    Raises:
+        ConfigurationError: it is no number.
+    """
+    layers = list(config.per_layer_config) if getattr(config, "is_heterogeneous", False) else [config]
+    return max((_size(layer, name) or 0 for layer in layers), default=0) or None
+
+
+def _layer_geometry(config: Any, index: int, dtype: torch.dtype) -> LayerGeometry:
+    query_heads = _size(config, "num_attention_heads") or 1  # models without attention have none
+    heads = _size(config, "num_key_value_heads") or query_heads
+    key_size = _size(config, "head_dim") or (_size(config, "hidden_size") or 0) // query_heads
+    value_size = _size(config, "v_head_dim") or key_size
+    return LayerGeometry(index, heads, key_size, value_size, dtype.itemsize)
+
+
+def _of_layer(config: Any, index: int) -> Any:
+    """The config of one layer, where layers differ in more than their type."""
+    return config.per_layer_config[index] if getattr(config, "is_heterogeneous", False) else config
+
+
+def _size(config: Any, name: str) -> int | None:
+    value = getattr(config, name, None)
+    if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
+        raise ConfigurationError(
+            f"{type(config).__name__}.{name} is {value!r}; one whole number is needed to tell how much memory keys and "
+            "values take. If its layers differ, say so with per_layer_config, as transformers does."
+        )
+    return value

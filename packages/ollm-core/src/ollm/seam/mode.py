@@ -6,38 +6,29 @@ logits. Whatever fails or differs, the model runs in tensor mode, which works ev
 
 from __future__ import annotations
 
-import functools
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import attrs
 import torch
 from transformers import Cache, DynamicCache
 
+from ollm.changes import Changes
 from ollm.errors import BlockModeError, WeightsError
 from ollm.seam import attention
 from ollm.seam.cache import KVCache
-from ollm.seam.geometry import decoder_config
-from ollm.seam.prefill import LayerPieces
+from ollm.seam.geometry import decoder_config, without_adapter
+from ollm.seam.prefill import take_in_pieces
 
 PROBE_TOKENS = (7, 4, 1)
 PROBE_ROWS = 3
 """A prompt of 7 tokens and a continuation of 4, in pieces of 3, then a single token."""
 _TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}
 _COARSE = 5e-2
+_ATTENTION = "_attn_implementation_internal"
+"""Where a config names its attention. Assigning to `_attn_implementation` would change its sub-configs, too."""
 
 _verdicts: weakref.WeakKeyDictionary[Any, dict[bool, str]] = weakref.WeakKeyDictionary()
-_switched: weakref.WeakKeyDictionary[Any, _Switched] = weakref.WeakKeyDictionary()
-
-
-@attrs.define
-class _Switched:
-    """What was done to a model, and for how many caches."""
-
-    before: str
-    pieces: LayerPieces
-    users: int = 0
 
 
 def why_not_blocks(model: Any, make_cache: Callable[[], KVCache], layers: Sequence[Any]) -> str:
@@ -57,37 +48,48 @@ def why_not_blocks(model: Any, make_cache: Callable[[], KVCache], layers: Sequen
 def switch_on(model: Any, layers: Sequence[Any]) -> Callable[[], None]:
     """Let the text model attend block by block, and its decoder layers take prompts in pieces; how to undo it.
 
-    Counted: with the last one that is undone the model is as it was before. What a model in this state gets from other
-    caches than ours is the same as before.
+    With the last one that is undone, in whatever order, the model is as it was before. What a model in this state gets
+    from other caches than ours is the same as before.
 
     Raises:
-        BlockModeError: when the model's attention cannot be exchanged.
+        BlockModeError: when the model's attention cannot be exchanged; the model is as it was.
     """
-    if model not in _switched:
-        attention.register()
-        before = decoder_config(model)._attn_implementation
-        _set_attention(model, attention.NAME)
+    attention.register()
+    with Changes() as changes:
+        for config in _configs_that_take(attention.NAME, model):
+            changes.set(config, _ATTENTION, attention.NAME)
         if decoder_config(model)._attn_implementation != attention.NAME:
             raise BlockModeError("its attention cannot be exchanged")
-        _switched[model] = _Switched(before, LayerPieces(layers))
-    _switched[model].users += 1
-    return functools.partial(_switch_off, model)
+        take_in_pieces(layers, changes)
+        return changes.pop_all().close
 
 
-def _switch_off(model: Any) -> None:
-    state = _switched[model]
-    state.users -= 1
-    if not state.users:
-        del _switched[model]
-        state.pieces.remove()
-        _set_attention(model, state.before)
+def _configs_that_take(name: str, model: Any) -> list[Any]:
+    """The configs within a model that have this attention if transformers sets it for the text model only: vision and
+    audio towers keep theirs. Leaves them as they are: what it says of one for all does not lead back to what was."""
+    base = without_adapter(model)
+    configs = _configs(base)
+    before = [getattr(config, _ATTENTION) for config in configs]
+    text = decoder_config(base)
+    keys = [key for key in base.config.sub_configs if getattr(base.config, key, None) is text]
+    try:
+        base.set_attn_implementation({keys[0]: name} if keys else name)
+        return [config for config in configs if getattr(config, _ATTENTION) == name]
+    finally:
+        for config, value in zip(configs, before, strict=True):
+            setattr(config, _ATTENTION, value)
 
 
-def _set_attention(model: Any, name: str) -> None:
-    """For the text model only: vision and audio towers keep theirs."""
-    text = decoder_config(model)
-    keys = [key for key in model.config.sub_configs if getattr(model.config, key, None) is text]
-    model.set_attn_implementation({keys[0]: name} if keys else name)
+def _configs(model: Any) -> list[Any]:
+    """Every config within a model, each once."""
+    found: dict[int, Any] = {}
+    waiting: list[Any] = [getattr(module, "config", None) for module in model.modules()]
+    while waiting:
+        config = waiting.pop()
+        if hasattr(config, _ATTENTION) and id(config) not in found:
+            found[id(config)] = config
+            waiting += [getattr(config, key, None) for key in config.sub_configs]
+    return list(found.values())
 
 
 def _probe(model: Any, make_cache: Callable[[], KVCache], layers: Sequence[Any]) -> str:
@@ -97,7 +99,7 @@ def _probe(model: Any, make_cache: Callable[[], KVCache], layers: Sequence[Any])
             undo = switch_on(model, layers)
             try:
                 with make_cache() as cache:
-                    cache.piece_rows = PROBE_ROWS
+                    cache.piece_tokens = PROBE_ROWS
                     blocks = _run(model, cache)
             finally:
                 undo()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ollm.seam.geometry import kv_geometry
+from ollm.seam.geometry import kv_geometry, largest
 from ollm.seam.prefill import activation_bytes
 
 _HIDDEN_COPIES = 3
@@ -17,35 +17,36 @@ _SHARE = 2
 """A prompt may take one part in so many of what is free; the rest is for keys and values that stay in memory."""
 
 
-def prefill_bytes(config: Any, dtype: Any, tokens: int, rows: int | None) -> int:
+def prefill_bytes(config: Any, dtype: Any, tokens: int, piece: int | None) -> int:
     """About the most memory that a prefill takes above weights and what the cache keeps resident.
 
     Args:
         config: of the text decoder.
         dtype: of the activations.
         tokens: of all rows of the prompt that go through in one forward pass.
-        rows: how many tokens a layer takes at once (`KVCache.piece_rows`); `None` for all of them.
+        piece: how many tokens a layer takes at once (`KVCache.piece_tokens`); `None` for all of them.
     """
-    piece = min(tokens, rows or tokens) * activation_bytes(config, dtype.itemsize)
-    return tokens * _bytes_per_token(config, dtype) + piece
+    activations = min(tokens, piece or tokens) * activation_bytes(config, dtype.itemsize)
+    return tokens * _bytes_per_token(config, dtype) + activations
 
 
-def longest_prompt(config: Any, dtype: Any, rows: int | None, free_bytes: int) -> int:
+def longest_prompt(config: Any, dtype: Any, piece: int | None, free_bytes: int) -> int:
     """How many tokens may go through in one forward pass, given what is free."""
     budget = free_bytes // _SHARE
     per_token = _bytes_per_token(config, dtype)
     activations = activation_bytes(config, dtype.itemsize)
-    if rows is None or budget < rows * (per_token + activations):
+    if piece is None or budget < piece * (per_token + activations):
         tokens = budget // (per_token + activations)
     else:
-        tokens = (budget - rows * activations) // per_token
+        tokens = (budget - piece * activations) // per_token
     return int(max(tokens, _FEWEST_TOKENS))
 
 
 def _bytes_per_token(config: Any, dtype: Any) -> int:
     """What is kept of every token of the prompt while a layer works through it."""
-    hidden = config.hidden_size * dtype.itemsize * _HIDDEN_COPIES
+    hidden = largest(config, "hidden_size") or 0
     # keys and values of the layer at work, before and after they are put together for its later pieces
     kept = max((layer.bytes_per_token for layer in kv_geometry(config, dtype).layers), default=0) * 2
-    rotary = 2 * (getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads) * 4
-    return int(hidden + kept + rotary)
+    head = largest(config, "head_dim") or hidden // (largest(config, "num_attention_heads") or 1)
+    rotary = 2 * head * 4
+    return int(hidden * dtype.itemsize * _HIDDEN_COPIES + kept + rotary)

@@ -1,11 +1,13 @@
 """Bounded prefill, layer by layer: each decoder layer takes a long prompt in pieces, before the next layer starts.
 
 Activations are then those of one piece, every weight is visited once, and what a layer has just stored is not read
-back. Nothing of the modelling code is changed: the `forward` of each layer object is wrapped, and unwrapped again.
+back. Nothing of the modelling code is changed: the `forward` of each layer object is wrapped, and unwrapped again (see
+`ollm.changes`).
 """
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -15,57 +17,50 @@ import torch
 from torch import Tensor, nn
 
 from ollm.attention.masks import TileMask
+from ollm.changes import Changes, is_ours
 from ollm.kv.state import PrefillProgress
 from ollm.seam.cache import KVCache
+from ollm.seam.geometry import largest, without_adapter
 
 
-class LayerPieces:
-    """Wraps the decoder layers of one model; `remove` undoes it. Forwards without a `KVCache` pass through."""
+def take_in_pieces(layers: Sequence[nn.Module], changes: Changes) -> None:
+    """Let the decoder layers of a model, given in order, take prompts in pieces. Forwards without a `KVCache` pass
+    through, and those of layers that do so already."""
+    pieces = _Pieces(len(layers))
+    for index, layer in enumerate(layers):
+        changes.wrap(layer, functools.partial(pieces.take, index))
 
-    def __init__(self, layers: Sequence[nn.Module]) -> None:
-        """Wrap the decoder layers, in order."""
+
+class _Pieces:
+    """What the decoder layers of one model do together. Knows how many there are, holds none."""
+
+    def __init__(self, layers: int) -> None:
         self._layers = layers
         self._began = 0.0
-        self._originals = [vars(layer).get("forward") for layer in layers]
-        self._wrappers = [self._wrap(index, layer.forward) for index, layer in enumerate(layers)]
-        for layer, wrapper in zip(layers, self._wrappers, strict=True):
-            layer.forward = wrapper
 
-    def remove(self) -> None:
-        """Give every layer its own `forward` back, unless somebody wrapped it again."""
-        for layer, original, wrapper in zip(self._layers, self._originals, self._wrappers, strict=True):
-            if vars(layer).get("forward") is not wrapper:
-                continue
-            if original is None:
-                del layer.forward
-            else:
-                layer.forward = original
-
-    def _wrap(self, index: int, forward: Callable[..., Any]) -> Callable[..., Any]:
-        def in_pieces(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-            tokens = hidden_states.shape[1]
-            cache = next((value for value in (*args, *kwargs.values()) if isinstance(value, KVCache)), None)
-            if index == 0:
-                self._began = time.perf_counter()
-            if cache is None or tokens == 1:
-                return forward(hidden_states, *args, **kwargs)
-            # a mask tensor of queries times keys has no second dimension of tokens, and exists as a whole anyway
-            has_mask_tensor = any(isinstance(value, Tensor) and value.dim() == 4 for value in (*args, *kwargs.values()))
-            rows = tokens if has_mask_tensor else cache.piece_rows or tokens
-            outputs = []
-            try:
-                with cache.held(index):
-                    for low in range(0, tokens, rows):
-                        high = min(low + rows, tokens)
-                        cache.piece = (low, tokens)
-                        piece = _Slice(low, high, tokens) if rows < tokens else _whole
-                        outputs.append(forward(*piece((hidden_states, *args)), **piece(kwargs)))
-                        self._report(index, high, tokens, cache)
-            finally:
-                cache.piece = None
-            return _join(outputs)
-
-        return in_pieces
+    def take(self, index: int, forward: Callable[..., Any], hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """The output of layer `index` for all tokens."""
+        tokens = hidden_states.shape[1]
+        cache = next((value for value in (*args, *kwargs.values()) if isinstance(value, KVCache)), None)
+        if index == 0:
+            self._began = time.perf_counter()
+        if cache is None or tokens == 1 or cache.piece is not None:  # the last: this is a piece
+            return forward(hidden_states, *args, **kwargs)
+        # a mask tensor of queries times keys has no second dimension of tokens, and exists as a whole anyway
+        has_mask_tensor = any(isinstance(value, Tensor) and value.dim() == 4 for value in (*args, *kwargs.values()))
+        piece_tokens = tokens if has_mask_tensor else cache.piece_tokens or tokens
+        outputs = []
+        try:
+            with cache.held(index):
+                for low in range(0, tokens, piece_tokens):
+                    high = min(low + piece_tokens, tokens)
+                    cache.piece = (low, tokens)
+                    piece = _Slice(low, high, tokens) if piece_tokens < tokens else _whole
+                    outputs.append(forward(*piece((hidden_states, *args)), **piece(kwargs)))
+                    self._report(index, high, tokens, cache)
+        finally:
+            cache.piece = None
+        return _join(outputs)
 
     def _report(self, index: int, done: int, tokens: int, cache: KVCache) -> None:
         if cache.progress is None:
@@ -75,10 +70,10 @@ class LayerPieces:
             PrefillProgress(
                 tokens=tokens,
                 layers_done=layers_done,
-                layers=len(self._layers),
+                layers=self._layers,
                 saved_bytes=cache.counters.saved_bytes,
                 seconds=seconds,
-                eta_seconds=seconds / layers_done * (len(self._layers) - layers_done),
+                eta_seconds=seconds / layers_done * (self._layers - layers_done),
             )
         )
 
@@ -119,20 +114,19 @@ def _join(outputs: list[Any]) -> Any:
     return first
 
 
+def bound_prompts(model: Any, tokens: int) -> Callable[[], None]:
+    """Let `generate` take a prompt in parts of at most `tokens`, unless somebody has set a size; how to undo it."""
+    settings = without_adapter(model).generation_config
+    with Changes() as changes:
+        if settings.prefill_chunk_size is None or is_ours(settings, "prefill_chunk_size"):
+            changes.set(settings, "prefill_chunk_size", tokens)
+        return changes.pop_all().close
+
+
 _USUAL_HIDDEN_SIZE = 4096
 
 
 def activation_bytes(config: Any, itemsize: int) -> int:
     """About what a layer takes per token of a prompt while it works, beside its input and output."""
-    hidden = getattr(config, "hidden_size", None) or _USUAL_HIDDEN_SIZE
-    return int((8 * hidden + 3 * (getattr(config, "intermediate_size", None) or 4 * hidden)) * itemsize)
-
-
-def piece_rows(per_token: int, free_bytes: int) -> int:
-    """How many tokens of a prompt a layer takes at once, so that its activations, of `per_token` bytes, take a
-    sixteenth of what is free.
-
-    A multiple of the attention's tile where there is memory for that: its kernel then sees whole diagonals.
-    """
-    rows = free_bytes // 16 // per_token
-    return max(256, min(4096, 1 << max(rows.bit_length() - 1, 0)))
+    hidden = largest(config, "hidden_size") or _USUAL_HIDDEN_SIZE
+    return (8 * hidden + 3 * (largest(config, "intermediate_size") or 4 * hidden)) * itemsize

@@ -19,7 +19,7 @@ from transformers.utils.loading_report import LoadStateDictInfo
 
 from ollm.errors import OllmError
 from ollm.seam.names import CannotStreamError, merged_shape, parameters_of
-from ollm.weights.binding import LayerWeights, Place
+from ollm.weights.binding import LayerWeights, Owner
 from ollm.weights.checkpoint import Checkpoint
 from ollm.weights.layout import Parameter
 from ollm.weights.memory import read_apart
@@ -131,7 +131,7 @@ def _layer_weights(
     owner: dict[int, int] = {}  # of each parameter: the layer
     weights, streamed = [], set()
     for index, layer in enumerate(layers):
-        places: dict[int, list[tuple[str, Place]]] = {}
+        places: dict[int, list[tuple[str, Owner]]] = {}
         for module in layer.modules():
             for name, parameter in module._parameters.items():
                 if parameter is None:

@@ -20,7 +20,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from ollm.contracts.storage import Folder
-from ollm.errors import CacheBusyError, CacheDirectoryError, OllmError, StorageError
+from ollm.errors import CacheBusyError, CacheDirectoryError, ConfigurationError, OllmError, StorageError
 from ollm.io import shim
 
 LOCK = "lock"
@@ -37,8 +37,17 @@ _OTHERS_MAY_WRITE = stat.S_IWGRP | stat.S_IWOTH
 logger = logging.getLogger(__name__)
 
 
+MOST_SEGMENTS = 10**6
+
+
 def segment_name(segment: int) -> str:
-    """The file of a segment. Names are derived from numbers here and nowhere else."""
+    """The file of a segment. Names are derived from numbers here and nowhere else.
+
+    Raises:
+        ConfigurationError: there is no such segment.
+    """
+    if not 0 <= segment < MOST_SEGMENTS:
+        raise ConfigurationError(f"segment={segment} is out of range: 0 … {MOST_SEGMENTS - 1}.")
     return f"segment-{segment:06d}.kv"
 
 
@@ -115,6 +124,17 @@ class CacheFolder(Folder):
         _check_private(path, folder=False)
         return shim.disk.open(path, os.O_RDWR | flags)
 
+    def remove_segments(self, *, keep: Iterable[int]) -> None:
+        """Remove the files of all segments but these.
+
+        Raises:
+            OSError: as the system says.
+        """
+        kept = set(map(segment_name, keep))
+        for name in shim.disk.listdir(self.path):
+            if _SEGMENT.fullmatch(name) and name not in kept:
+                shim.disk.unlink(self.path / name)
+
     def read_manifest(self, most_bytes: int) -> bytes:
         """The manifest, or its beginning, if it is longer.
 
@@ -153,14 +173,6 @@ class CacheFolder(Folder):
         shim.disk.replace(temporary, self.path / MANIFEST)
         if durable:
             shim.disk.fsync_folder(self.path)
-
-    def drop_segments(self, kept: Iterable[int]) -> None:
-        """Remove the files of all segments but these. What the system does not let go of only costs space."""
-        names = {segment_name(number) for number in kept}
-        with suppress(OSError):
-            for name in shim.disk.listdir(self.path):
-                if _SEGMENT.fullmatch(name) and name not in names:
-                    shim.disk.unlink(self.path / name)
 
     def close(self) -> None:
         """As in the contract. With the last folder, its parent goes too."""

@@ -6,6 +6,7 @@ bounded counts, lengths that add up.
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -17,6 +18,7 @@ from ollm.contracts.blocks import BlockKey, Extent, KVLayout, Location
 from ollm.errors import CorruptDataError
 from ollm.io import strict_json
 from ollm.io.buffers import ALIGNMENT
+from ollm.storage.folder import MOST_SEGMENTS
 from ollm.storage.records import DTYPE_CODES, STORE_ID_BYTES, record_span
 
 FORMAT = "ollm-kv"
@@ -53,7 +55,11 @@ class Manifest:
 
         Args:
             compact_from: how many rows a layer of a branch has before those that are contiguous become one.
+
+        Raises:
+            CorruptDataError: no manifest of this version says so.
         """
+        _check_table(self.records, self.tokens)
         layouts = list(dict.fromkeys(one.extent.layout for one in self.records))
         content = {
             "format": FORMAT,
@@ -62,7 +68,9 @@ class Manifest:
             "layouts": [_layout_json(layout) for layout in layouts],
             "table": [row.to_json(layouts) for row in _rows(self.records, compact_from)],
         }
-        return json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False).encode("ascii")
+        raw = json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False).encode("ascii")
+        _expect(len(raw) <= MAX_MANIFEST_BYTES, f"larger than {MAX_MANIFEST_BYTES} bytes")
+        return raw
 
     @classmethod
     def from_json(cls, raw: bytes) -> Manifest:
@@ -71,6 +79,7 @@ class Manifest:
         Raises:
             CorruptDataError: for anything that this version would not have written.
         """
+        _expect(raw.isascii(), "not ASCII")
         try:
             content = strict_json.parse(raw, most_bytes=MAX_MANIFEST_BYTES)
         except ValueError as error:
@@ -96,7 +105,7 @@ class Manifest:
         layouts = [_layout(item) for item in _items(content.pop("layouts"), "layouts")]
         rows = [_Row.from_json(item, layouts) for item in _items(content.pop("table"), "table")]
         records = tuple(committed for row in rows for committed in row.frames)
-        _check_table(records)
+        _check_table(records, content["tokens"])
         return cls(records=records, **content)
 
 
@@ -109,6 +118,10 @@ class _Row:
 
     first: Extent
     frames: tuple[Committed, ...]
+
+    def place(self) -> tuple[int, int]:
+        """Where it stands in the table."""
+        return self.first.key.layer, self.first.start
 
     def is_followed_by(self, other: _Row) -> bool:
         """Whether `other` goes on where this one ends."""
@@ -143,7 +156,8 @@ class _Row:
         _closed(item, _ROW_KEYS, "a row of the table")
         _expect(isinstance(item["encoded"], bool), "encoded is not true or false")
         for name in _ROW_KEYS - {"encoded", "frames"}:
-            _expect(_is_count(item[name]), f"{name}={item[name]!r} is not a count")
+            most = _MOST.get(name, _LARGEST)
+            _expect(_is_count(item[name]) and item[name] <= most, f"{name}={item[name]!r} is not a count up to {most}")
         _expect(item["layout"] < len(layouts), f"there is no layout {item['layout']}")
         _expect(item["rows"] > 0, "a row of the table has no rows of the batch")
         _expect(item["offset"] % ALIGNMENT == 0 and item["offset"] >= ALIGNMENT, "a record is not aligned")
@@ -163,6 +177,7 @@ class _Row:
         return cls(frames[0].extent, tuple(frames))
 
 
+_MOST = {"layer": 2**32 - 1, "branch": 2**32 - 1, "rows": 2**32 - 1, "segment": MOST_SEGMENTS - 1}
 _ROW_KEYS = {"layer", "branch", "rows", "start", "layout", "segment", "offset", "encoded", "frames"}
 
 
@@ -175,7 +190,7 @@ def _rows(records: Iterable[Committed], compact_from: int) -> list[_Row]:
         rows.append(_Row(committed.extent, (committed,)))
         if len(rows) >= compact_from:
             rows[:] = _joined(rows)
-    return [row for rows in layers.values() for row in rows]
+    return sorted((row for rows in layers.values() for row in rows), key=_Row.place)
 
 
 def _joined(rows: Iterable[_Row]) -> list[_Row]:
@@ -230,18 +245,19 @@ def _items(items: object, name: str) -> list[dict[str, Any]]:
     return items
 
 
-def _check_table(records: Sequence[Committed]) -> None:
-    """Records lie apart from each other, and cover each layer without a gap."""
+def _check_table(records: Sequence[Committed], tokens: int) -> None:
+    """Records lie apart from each other, and cover each layer in order, without a gap, up to `tokens` at most."""
     extents = [one.extent for one in records]
     ends: dict[int, int] = {}
     for extent in sorted(extents, key=lambda extent: (extent.location.segment, extent.location.offset)):
         begin, end = record_span(extent.location)
         _expect(begin >= ends.get(extent.location.segment, 0), "records overlap")
         ends[extent.location.segment] = end
-    positions: dict[int, int] = {}
-    for extent in sorted(extents, key=lambda extent: (extent.key.layer, extent.start)):
-        _expect(extent.start == positions.get(extent.key.layer, extent.start), "records of a layer leave a gap")
-        positions[extent.key.layer] = extent.stop
+    for extent, after in itertools.pairwise(extents):
+        same = extent.key.layer == after.key.layer
+        _expect(extent.stop == after.start if same else extent.key.layer < after.key.layer,
+                "records of a layer leave a gap, or are not in order")  # fmt: skip
+    _expect(all(extent.stop <= tokens for extent in extents), f"records go on behind {tokens} tokens")
 
 
 def _is_count(value: object) -> bool:

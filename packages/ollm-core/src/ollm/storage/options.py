@@ -4,8 +4,14 @@ from __future__ import annotations
 
 import attrs
 
+from ollm.contracts.blocks import EXTENT_BYTES
 from ollm.contracts.options import option
 from ollm.units import ByteSize
+
+WRITE_BUFFERS = 4
+"""How many records may wait to be written, where a store does not say otherwise."""
+BUFFER_BYTES = EXTENT_BYTES + 2**16
+"""One read or one write: an extent of up to 8 MiB with its header."""
 
 VERIFY_CHOICES = ("always", "first", "never")
 

@@ -26,7 +26,7 @@ _FIELDS = struct.Struct("<4sHBBIIIIIIIQQ16s")
 _HASH = struct.Struct("<Q")
 _ZEROS = bytes(ALIGNMENT)
 
-_LEAST_PIECE_BYTES = 64 * 2**10
+_LEAST_PIECE_BYTES = 32 * 2**10
 _MOST_PIECES = (ALIGNMENT - _FIELDS.size - _HASH.size) // _HASH.size
 
 DTYPE_CODES = {
@@ -45,7 +45,7 @@ _DTYPES = {code: name for name, code in DTYPE_CODES.items()}
 
 
 def piece_bytes(payload_bytes: int) -> int:
-    """How many bytes of such a payload share a hash: 64 KiB, or the least power of two above that with which the
+    """How many bytes of such a payload share a hash: 32 KiB, or the least power of two above that with which the
     hashes of all pieces fit into the header block."""
     size = _LEAST_PIECE_BYTES
     while size * _MOST_PIECES < payload_bytes:

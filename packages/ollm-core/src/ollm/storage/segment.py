@@ -12,13 +12,12 @@ from contextlib import suppress
 from pathlib import Path
 
 import attrs
-from torch import Tensor
 
 from ollm.contracts.blocks import Extent, Location
 from ollm.contracts.storage import Pieces
 from ollm.errors import CorruptDataError, StorageError
 from ollm.io import shim
-from ollm.io.buffers import ALIGNMENT, tensor_bytes
+from ollm.io.buffers import ALIGNMENT, aligned_buffer, tensor_bytes
 from ollm.io.files import DataFile
 from ollm.storage.records import (
     check_header,
@@ -27,7 +26,6 @@ from ollm.storage.records import (
     identity,
     is_header,
     make_header,
-    padded,
     record_span,
     run_span,
 )
@@ -103,13 +101,14 @@ class Segment:
         with suppress(OSError):
             shim.disk.truncate(self.file.fd, self.end)
 
-    def checksum(self, location: Location) -> int:
-        """That of the header of a record that is on the disk: stands for all that it holds."""
-        record = self._records[location.offset]
-        if record.header is not None:
-            return checksum(record.header)
-        assert record.committed is not None  # adopted, and not read since
-        return record.committed
+    def checksum(self, extent: Extent) -> int:
+        """That of the header of a record that is on the disk: stands for all that it holds.
+
+        Raises:
+            CorruptDataError, StorageError: as `read`, of the header.
+        """
+        record = self._record(extent)
+        return checksum(self._known_header(extent, record)) if record.committed is None else record.committed
 
     def write(self, extent: Extent, record: memoryview) -> None:
         """Put the header in front of the payload that is in `record` already, and all of it on the disk.
@@ -144,24 +143,19 @@ class Segment:
                 self._fill(content, start, extent)
             self._check(extent, record, content)
 
-    def read_pieces(self, pieces: Pieces, buffer: Tensor, rescue: Rescue) -> Tensor:
-        """The bytes of some pieces of a block, in a buffer that is as long, rounded up to blocks of the disk.
+    def read_pieces(self, pieces: Pieces, view: memoryview, rescue: Rescue) -> None:
+        """Fill `view`, which is as long, rounded up to blocks of the disk, with some pieces of a block.
 
         Raises:
             CorruptDataError, StorageError: as `read`.
         """
         extent, offset = pieces.extent, pieces.extent.location.offset
         record = self._record(extent)
-        if record.header is None:  # of an earlier store, and not read since
-            block = tensor_bytes(buffer)[:ALIGNMENT]
-            self._fill(block, offset - ALIGNMENT, extent)
-            self._check(extent, record, block, payload=False)
-        length = pieces.stop - pieces.start
-        content = tensor_bytes(buffer)[: padded(length)]
-        if not rescue(extent.location, content, ALIGNMENT + pieces.start):
-            self._fill(content, offset + pieces.start, extent)
-        self._trust(extent, lambda: self._compare_pieces(extent, record, content[:length], pieces.start))
-        return buffer[:length]
+        if not rescue(extent.location, view, ALIGNMENT + pieces.start):
+            self._known_header(extent, record)
+            self._fill(view, offset + pieces.start, extent)
+        content = view[: pieces.stop - pieces.start]
+        self._trust(extent, lambda: self._compare_pieces(extent, record, content, pieces.start))
 
     def where(self, extent: Extent) -> str:
         """An extent, for messages."""
@@ -175,6 +169,15 @@ class Segment:
 
     def _identity(self, extent: Extent) -> bytes:
         return identity(self._store_id, extent.key, extent.layout, extent.location)
+
+    def _known_header(self, extent: Extent, record: _Record) -> bytes:
+        """The header of a record; read, if it is of an earlier store and was not read since."""
+        if record.header is None:
+            block = tensor_bytes(aligned_buffer(ALIGNMENT))
+            self._fill(block, extent.location.offset - ALIGNMENT, extent)
+            self._check(extent, record, block, payload=False)
+        assert record.header is not None
+        return record.header
 
     def _fill(self, view: memoryview, offset: int, extent: Extent) -> None:
         try:

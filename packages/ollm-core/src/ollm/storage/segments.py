@@ -8,7 +8,6 @@ Records are written in the background.
 from __future__ import annotations
 
 import functools
-import itertools
 import os
 import secrets
 import sys
@@ -38,14 +37,20 @@ from ollm.io.files import DataFile, takes_unbuffered
 from ollm.io.scheduler import IOScheduler, scheduler_of
 from ollm.storage.folder import MANIFEST, CacheFolder, segment_name
 from ollm.storage.manifest import MAX_MANIFEST_BYTES, Committed, Manifest
-from ollm.storage.options import StorageOptions
-from ollm.storage.records import DTYPE_CODES, STORE_ID_BYTES, piece_bytes, record_bytes, record_span, run_span
+from ollm.storage.options import WRITE_BUFFERS, StorageOptions
+from ollm.storage.records import (
+    DTYPE_CODES,
+    STORE_ID_BYTES,
+    padded,
+    piece_bytes,
+    record_bytes,
+    record_span,
+    run_span,
+)
 from ollm.storage.room import check_room, failed_write, reason
 from ollm.storage.segment import Moved, Segment, write_record
 from ollm.storage.tensors import lay_out, pack
-from ollm.storage.write_behind import BUFFERS, WriteBehind
-
-_MOST_SEGMENTS = 10**6
+from ollm.storage.write_behind import WriteBehind
 
 
 class SegmentedStorage(Storage):
@@ -58,7 +63,7 @@ class SegmentedStorage(Storage):
         strategy: str,
         options: StorageOptions | None = None,
         parameters: Mapping[str, Any] | None = None,
-        write_buffers: int = BUFFERS,
+        write_buffers: int = WRITE_BUFFERS,
         compact_from: int = 1,
         pinned: bool = False,
     ) -> None:
@@ -88,6 +93,8 @@ class SegmentedStorage(Storage):
         self._lock = threading.Lock()
         self._owner = os.getpid()
         self._moved = Moved()
+        self._unsynced = False  # whether an fsync failed
+        self._adopted = folder.is_new
         new = Manifest(
             lifecycle="persistent" if folder.kept else "runtime-scoped", strategy=strategy,
             store_id=secrets.token_bytes(STORE_ID_BYTES).hex(), parameters=dict(parameters or {}),
@@ -139,9 +146,11 @@ class SegmentedStorage(Storage):
         encoded: Sequence[Tensor] | None = None,
     ) -> Location:
         self.raise_failed()
+        if not self._adopted:
+            raise StoreContractError(
+                f"{self.path} holds records: adopt those that are to stay before anything is written."
+            )
         layout = block.layout
-        if not 0 <= segment < _MOST_SEGMENTS:
-            raise ConfigurationError(f"segment={segment} is out of range: 0 … {_MOST_SEGMENTS - 1}.")
         if layout.dtype_name not in DTYPE_CODES:
             raise StorageError(
                 f"Keys and values of {layout.dtype} cannot be stored; the format has {', '.join(DTYPE_CODES)}."
@@ -164,14 +173,16 @@ class SegmentedStorage(Storage):
             buffer[ALIGNMENT + length : size] = 0
             with self._lock:
                 target.take(location)
+            # refers to no more than it needs: a cache that is dropped while it writes must not be kept alive by that
+            job = functools.partial(
+                write_record, target, Extent.of(key, layout, location), tensor_bytes(buffer)[:size], self._moved
+            )
+            self._writes.submit(location, buffer, size, job)
         except BaseException:
-            self._writes.give_back(buffer)
+            self._writes.give_up(location, buffer)
+            with self._lock:
+                target.let_go([location])
             raise
-        # refers to no more than it needs: a cache that is dropped while it writes must not be kept alive by that
-        job = functools.partial(
-            write_record, target, Extent.of(key, layout, location), tensor_bytes(buffer)[:size], self._moved
-        )
-        self._writes.submit(location, buffer, size, job)
         return location
 
     def raise_failed(self) -> None:
@@ -183,7 +194,8 @@ class SegmentedStorage(Storage):
         self._writes.flush()
 
     def commit(self, extents: Iterable[Extent], *, tokens: int, durable: bool = False) -> None:
-        """Write the table down, in one step: a store over this folder can go on from here, whatever happens later.
+        """Write the table down, in one step: a store over this folder can go on from here, whatever happens later, as
+        long as none of these records is freed. Whoever frees one commits without it first.
 
         Args:
             extents: all that is to be found again, layer after layer, in order of position.
@@ -191,48 +203,71 @@ class SegmentedStorage(Storage):
             durable: whether all of it must be on the disk, not only on its way there, before this returns.
 
         Raises:
-            StorageError: the disk refused; the last commit still stands.
+            CorruptDataError: what is to be written down could not be read back: no such table can be.
+            StorageError: the disk refused; the last commit still stands, or, where the last step failed, this one.
         """
         self.flush()
-        records = tuple(
-            Committed(extent, self._segments[extent.location.segment].checksum(extent.location)) for extent in extents
-        )
+        records = tuple(Committed(extent, self._segment_of(extent).checksum(extent)) for extent in extents)
         manifest = attrs.evolve(self._manifest, records=records, tokens=tokens)
         raw = manifest.to_json(compact_from=self._compact_from)
         try:
             if durable:
-                for segment in self._segments.values():
-                    shim.disk.fsync(segment.file.fd)
+                self._sync()
             self._folder.replace_manifest(raw, durable=durable)
         except OSError as error:
             raise failed_write(error, self.path, len(raw)) from error
         self._manifest = manifest
 
+    def _sync(self) -> None:
+        """Wait until the files are on the medium. Never again after the system refused: what it could not write then it
+        may have forgotten, and the next call would not tell."""
+        if self._unsynced:
+            raise StorageError(f"An earlier fsync in {self.path} failed, so nothing more is committed durably there.")
+        try:
+            for segment in self._segments.values():
+                shim.disk.fsync(segment.file.fd)
+        except OSError:
+            self._unsynced = True
+            raise
+
     def adopt(self, extents: Sequence[Extent]) -> None:
-        checksums = {one.extent.location: one.checksum for one in self._manifest.records}
+        self._check_usable()
         by_segment: dict[int, list[Location]] = {}
         for extent in extents:
             by_segment.setdefault(extent.location.segment, []).append(extent.location)
         for number, locations in by_segment.items():
-            spans = sorted(map(record_span, locations))
-            try:
-                segment = self._segment(number, make=False)
-                size = shim.disk.fstat(segment.file.fd).st_size
-            except FileNotFoundError:
-                raise CorruptDataError(f"There is no segment {number} in {self.path}.") from None
-            except OSError as error:
-                raise StorageError(f"Cannot open segment {number} in {self.path}: {reason(error)}.") from error
-            if spans[-1][1] > size or any(end > start for (_, end), (start, _) in itertools.pairwise(spans)):
-                raise CorruptDataError(f"Records of segment {number} in {self.path} overlap or end behind the file.")
-            with self._lock:
+            self._check_places(number, locations)
+        try:
+            self._folder.remove_segments(keep=by_segment)
+        except OSError as error:
+            raise StorageError(f"Cannot remove what is not used of {self.path}: {reason(error)}.") from error
+        checksums = {one.extent.location: one.checksum for one in self._manifest.records}
+        with self._lock:
+            for number, locations in by_segment.items():
                 for location in locations:
-                    segment.take(location, committed=checksums.get(location))
-                segment.let_go(())
-        self._folder.drop_segments(by_segment)
+                    self._segments[number].take(location, committed=checksums.get(location))
+                self._segments[number].let_go(())
+        self._adopted = True
+
+    def _check_places(self, number: int, locations: Sequence[Location]) -> None:
+        """Whether records can be where they are said to be in a file that is there."""
+        try:
+            size = shim.disk.fstat(self._segment(number, make=False).file.fd).st_size
+        except (FileNotFoundError, ConfigurationError):
+            raise CorruptDataError(f"There is no segment {number} in {self.path}.") from None
+        except OSError as error:
+            raise StorageError(f"Cannot open segment {number} in {self.path}: {reason(error)}.") from error
+        end = 0
+        for location in sorted(locations, key=lambda location: location.offset):
+            begin, stop = record_span(location)
+            if begin % ALIGNMENT or location.nbytes < 0 or not end <= begin < stop <= size:
+                raise CorruptDataError(f"Records of segment {number} in {self.path} overlap or end behind the file.")
+            end = stop
 
     def read(self, extents: Sequence[Extent], buffer: Tensor) -> list[Tensor]:
         begin, end = run_span(extents)
-        self._segment_of(extents[0]).read(extents, tensor_bytes(buffer)[: end - begin], self._writes.rescue)
+        view = _room(buffer, end - begin)
+        self._segment_of(extents[0]).read(extents, view, self._writes.rescue)
         self._moved.add(read=end - begin)
         return [
             buffer[location.offset - begin : location.offset - begin + location.nbytes]
@@ -244,9 +279,11 @@ class SegmentedStorage(Storage):
         return Pieces(extent, start // size * size, min(-(-stop // size) * size, extent.location.nbytes))
 
     def read_pieces(self, pieces: Pieces, buffer: Tensor) -> Tensor:
-        found = self._segment_of(pieces.extent).read_pieces(pieces, buffer, self._writes.rescue)
-        self._moved.add(read=len(found))
-        return found
+        length = pieces.stop - pieces.start
+        view = _room(buffer, padded(length))
+        self._segment_of(pieces.extent).read_pieces(pieces, view, self._writes.rescue)
+        self._moved.add(read=length)
+        return buffer[:length]
 
     def free(self, locations: Sequence[Location]) -> None:
         self._check_owner()
@@ -291,12 +328,14 @@ class SegmentedStorage(Storage):
         if number not in self._segments:
             name = segment_name(number)
             fd = self._folder.open_file(name, shim.UNBUFFERED * self.unbuffered, make=make)
-            self._segments[number] = Segment(
+            segment = Segment(
                 self.path / name,
                 DataFile(fd, unbuffered=self.unbuffered),
                 store_id=bytes.fromhex(self._manifest.store_id),
                 verify=self._options.verify,
             )
+            with self._lock:
+                self._segments[number] = segment
         return self._segments[number]
 
     def _segment_of(self, extent: Extent) -> Segment:
@@ -306,6 +345,13 @@ class SegmentedStorage(Storage):
         if segment is None:
             raise CorruptDataError(f"There is no segment {extent.location.segment} in {self.path}.")
         return segment
+
+
+def _room(buffer: Tensor, nbytes: int) -> memoryview:
+    """The first bytes of a buffer."""
+    if buffer.numel() < nbytes:
+        raise ConfigurationError(f"A buffer of {buffer.numel()} bytes does not take the {nbytes} that are to be read.")
+    return tensor_bytes(buffer)[:nbytes]
 
 
 def _kept_manifest(folder: CacheFolder, new: Manifest) -> Manifest:

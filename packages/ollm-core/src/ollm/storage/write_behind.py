@@ -15,12 +15,10 @@ from concurrent.futures import Future, wait
 import attrs
 from torch import Tensor
 
-from ollm.contracts.blocks import EXTENT_BYTES, Location
+from ollm.contracts.blocks import Location
 from ollm.io.buffers import BufferPool, tensor_bytes
 from ollm.io.scheduler import IOScheduler
-
-BUFFERS = 4
-_BUFFER_BYTES = EXTENT_BYTES + 2**16  # with headers
+from ollm.storage.options import BUFFER_BYTES, WRITE_BUFFERS
 
 
 @attrs.define(eq=False)
@@ -30,13 +28,24 @@ class _Write:
     buffer: Tensor
     nbytes: int
     action: Callable[[], None]
-    future: Future[None]
+    future: Future[None] = attrs.field(factory=Future)
     reported: bool = False
 
     @property
     def error(self) -> BaseException | None:
         """Why it failed; `None` if it did not, or is not done."""
         return self.future.exception() if self.future.done() and not self.future.cancelled() else None
+
+    def run(self) -> None:
+        """What a worker does."""
+        if not self.future.set_running_or_notify_cancel():
+            return
+        try:
+            self.action()
+        except BaseException as error:
+            self.future.set_exception(error)
+        else:
+            self.future.set_result(None)
 
 
 class WriteBehind:
@@ -47,7 +56,7 @@ class WriteBehind:
         scheduler: IOScheduler,
         explain: Callable[[OSError, int], Exception],
         *,
-        count: int = BUFFERS,
+        count: int = WRITE_BUFFERS,
         pinned: bool = False,
     ) -> None:
         """Nothing is being written.
@@ -63,7 +72,7 @@ class WriteBehind:
         """
         self._scheduler = scheduler
         self._explain = explain
-        self._buffers = BufferPool("Write buffers", count, _BUFFER_BYTES, pinned=pinned)
+        self._buffers = BufferPool("Write buffers", count, BUFFER_BYTES, pinned=pinned)
         self._writes: OrderedDict[Location, _Write] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -73,7 +82,7 @@ class WriteBehind:
         return self._buffers.nbytes
 
     def buffer(self, nbytes: int) -> Tensor:
-        """A buffer of at least `nbytes`, for `submit` or `give_back`. Waits while all are in use.
+        """A buffer of at least `nbytes`, for `submit` or `give_up`. Waits while all are in use.
 
         Raises:
             StorageError: what the background failed with, if that keeps all buffers in use.
@@ -88,15 +97,19 @@ class WriteBehind:
             self._collect()
         return self._buffers.take(nbytes)
 
-    def give_back(self, buffer: Tensor) -> None:
-        """A buffer that will not be submitted."""
-        self._buffers.give_back(buffer)
+    def give_up(self, location: Location, buffer: Tensor) -> None:
+        """Take back a buffer for which `submit` was not called, or did not come to its end."""
+        if location in self._writes:
+            self.forget(location)
+        else:
+            self._buffers.give_back(buffer)
 
     def submit(self, location: Location, buffer: Tensor, nbytes: int, action: Callable[[], None]) -> None:
         """Let a worker run `action`, which writes the first `nbytes` of `buffer` to its location."""
-        write = _Write(buffer, nbytes, action, self._scheduler.submit(action))
-        with self._lock:
+        write = _Write(buffer, nbytes, action)
+        with self._lock:  # noted before a worker has it, so that no interrupt leaves one that nobody knows of
             self._writes[location] = write
+        self._scheduler.submit(write.run)
 
     def raise_failed(self) -> None:
         """Raise what the background failed with, the first time; later, try again.

@@ -19,9 +19,8 @@ from ollm.contracts.spill import KVGeometry, LayerGeometry
 from ollm.contracts.strategy import KVBuildContext
 from ollm.errors import UnsupportedOperationError
 from ollm.storage.folder import CacheFolder
-from ollm.storage.options import StorageOptions
+from ollm.storage.options import WRITE_BUFFERS, StorageOptions
 from ollm.storage.segments import SegmentedStorage
-from ollm.storage.write_behind import BUFFERS
 from ollm.testing.blocks import assert_holds, random_block
 from ollm.units import ByteSize
 
@@ -48,7 +47,7 @@ def store_context(
         kept = [*cache_dir.glob(f"{DIRECTORY}/entry-*")] if keep else []
         return CacheFolder.open(kept[0]) if kept else CacheFolder.create(cache_dir, DIRECTORY, keep=keep)
 
-    def storage(*, write_buffers: int = BUFFERS, compact_from: int = 1) -> SegmentedStorage:
+    def storage(*, write_buffers: int = WRITE_BUFFERS, compact_from: int = 1) -> SegmentedStorage:
         return SegmentedStorage(
             folder(), strategy="under-test", options=limits, write_buffers=write_buffers, compact_from=compact_from
         )
@@ -69,7 +68,7 @@ def depth(times: int) -> int:
     return max(times * settings().max_examples // 100, 1)
 
 
-def settle(store: KVStore) -> None:
+def flush_writes(store: KVStore) -> None:
     """Wait until what was written is on the disk."""
     if store.storage is not None:
         store.storage.flush()

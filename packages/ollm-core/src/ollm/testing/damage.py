@@ -19,7 +19,7 @@ from ollm.contracts.blocks import Extent, KVBlock
 from ollm.contracts.kv import KVStore
 from ollm.errors import OllmError
 from ollm.testing.blocks import assert_equal, read_extent, write_blocks
-from ollm.testing.case import StoreCase, bytes_of, depth, files_of, settle
+from ollm.testing.case import StoreCase, bytes_of, depth, files_of, flush_writes
 
 _BLOCK = 4096
 _PLACES = 12
@@ -46,7 +46,7 @@ class FilesTests(StoreCase):
         blocks = self.blocks(store, 8, 64, heads=3, key_size=64, value_size=64)
         payload = sum(block.keys.nbytes + block.values.nbytes for block in blocks)
         write_blocks(store, blocks, layer=5)
-        settle(store)
+        flush_writes(store)
         grown = bytes_of(cache_dir) - before
         assert grown >= payload / 5, f"{payload} bytes were written and the files grew by {grown}"
         assert store.stats().disk_bytes >= payload / 5, "stats().disk_bytes"
@@ -173,7 +173,7 @@ def _fill(case: StoreCase, store: KVStore) -> dict[Extent, KVBlock]:
     for layer in (0, 1):
         blocks = case.blocks(store, 2 - layer, 16, seed=layer, heads=4, key_size=128, value_size=128)
         table |= zip(write_blocks(store, blocks, layer=layer), blocks, strict=True)
-    settle(store)
+    flush_writes(store)
     return table
 
 

@@ -25,7 +25,7 @@ from ollm.kv.history import LayerHistory
 from ollm.kv.session import KVSession
 from ollm.storage.segments import SegmentedStorage
 from ollm.testing.blocks import assert_same, random_block, write_blocks
-from ollm.testing.case import StoreCase, assert_nothing_left, commit, depth, files_of, settle
+from ollm.testing.case import StoreCase, assert_nothing_left, commit, depth, files_of, flush_writes
 from ollm.testing.faults import FAULTS, FaultyDisk
 from ollm.testing.processes import watchdog
 
@@ -66,7 +66,7 @@ class FaultsTests(StoreCase):
         """The system itself refuses every write beyond so many bytes: for stores that write files of their own."""
         store = self.new(tmp_path)
         write_blocks(store, self.blocks(store, 4, 8))
-        settle(store)
+        flush_writes(store)
         largest = max((path.stat().st_size for path in files_of(tmp_path)), default=0)
         store.close()
         if not largest:
@@ -132,7 +132,7 @@ class FaultsTests(StoreCase):
                     store.free([extents[-1].location])
                     table |= zip(extents[:-1], blocks, strict=False)
                     progress.attempted = dict(table)
-                    settle(store)
+                    flush_writes(store)
                     commit(store, [*table], durable=True)
                     if over_storage:
                         progress.committed = dict(table)
@@ -172,7 +172,7 @@ class FaultsTests(StoreCase):
                     with trouble():
                         _take(ours, step, argument, seed)
                         taken = True
-                        settle(ours._session.store)
+                        flush_writes(ours._session.store)
                 except _RAISED as error:
                     if taken:  # it failed in the background, behind what was reported as kept
                         _assert_content(ours, after, f"{what}: lost by {step} {argument} after {error!r}")

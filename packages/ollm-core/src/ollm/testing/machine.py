@@ -17,7 +17,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from ollm.contracts.blocks import Extent, KVBlock
 from ollm.testing.blocks import assert_holds, random_block, write_blocks
-from ollm.testing.case import StoreCase, depth, most_tokens, settle
+from ollm.testing.case import StoreCase, depth, flush_writes, most_tokens
 
 _LAYERS = st.sampled_from((0, 1))
 _BRANCHES = st.sampled_from((0, 1))
@@ -107,7 +107,7 @@ class _StoreMachine(RuleBasedStateMachine):
     @rule()
     def reopen(self) -> None:
         """Another process goes on with what is in the table; what was dropped is gone."""
-        settle(self.store)
+        flush_writes(self.store)
         self.store.close()
         self.store = self.case.new(Path(self.folder.name), keep=True)
         self.store.adopt([kept.extent for rows in self.table.values() for kept in rows])

@@ -20,7 +20,7 @@ from ollm.kv.parts import Part, PartReader
 from ollm.storage.folder import segment_name
 from ollm.storage.segments import SegmentedStorage
 from ollm.testing.blocks import assert_equal, read_raw, write_blocks
-from ollm.testing.case import StoreCase, depth, settle
+from ollm.testing.case import StoreCase, depth, flush_writes
 
 _SIZES = {"heads": 4, "key_size": 512, "value_size": 256}
 
@@ -69,7 +69,7 @@ class PartsTests(StoreCase):
         extents = write_blocks(store, blocks)
         if extents[0].location.encoded:
             pytest.skip("no part of an encoded block means anything without the rest")
-        settle(store)
+        flush_writes(store)
         return store.storage, extents, blocks
 
 

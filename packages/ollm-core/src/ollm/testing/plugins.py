@@ -9,15 +9,17 @@ from typing import Any
 
 import attrs
 import pytest
+from typer.testing import CliRunner
 
+from ollm.cli import app
 from ollm.contracts.kv import KVStore
 from ollm.contracts.models import ModelAdapter
 from ollm.contracts.offload import OffloadPlacement
 from ollm.contracts.options import describe_options, structure_options
 from ollm.contracts.spill import SpillPolicy
 from ollm.contracts.strategy import BuildContext
-from ollm.registry import Kind, Offer, PluginReport, Status, registry
-from ollm.registry.kinds import RESERVED
+from ollm.registry import CommandOffer, Kind, Offer, PluginReport, Status, registry
+from ollm.registry.kinds import COMMANDS, RESERVED, RESERVED_COMMANDS, Home
 from ollm.testing.blocks import assert_holds, random_block, write_blocks
 from ollm.testing.case import store_context
 from ollm.testing.wheels import check_wheel
@@ -70,10 +72,16 @@ class PluginTests:
         assert report.status is Status.LOADED, str(report)
         return report.offers
 
+    @pytest.fixture
+    def commands(self, report: PluginReport) -> tuple[CommandOffer, ...]:
+        """The commands of the plugin."""
+        assert report.status is Status.LOADED, str(report)
+        return report.commands
+
     def test_it_is_found_and_loads(self, report: PluginReport) -> None:
         """With an `ollm_api_version` that this core speaks, and hooks that it knows."""
         assert report.status is Status.LOADED, str(report)
-        assert report.offers, "its hooks offer no strategy"
+        assert report.offers or report.commands, "its hooks offer nothing"
 
     def test_nothing_is_warned_of(self, report: PluginReport) -> None:
         """Such as options without a help text."""
@@ -81,7 +89,7 @@ class PluginTests:
 
     def test_its_entry_module_is_light(self, report: PluginReport) -> None:
         """`ollm plugins` imports it and asks its hooks: neither torch nor transformers may come with that."""
-        hooks = [kind.value for kind in Kind]
+        hooks = [*(kind.value for kind in Kind), COMMANDS]
         command = [sys.executable, "-c", _LIGHT, report.module.partition(":")[0], *hooks]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
@@ -89,13 +97,13 @@ class PluginTests:
 
     def test_its_names_are_its_own(self, offers: tuple[Offer, ...]) -> None:
         """A reserved name would only work in its qualified form, `distribution/name`."""
-        taken = [
-            offer.strategy.name
-            for offer in offers
-            if offer.strategy.name in RESERVED[offer.kind]
-            and RESERVED[offer.kind][offer.strategy.name].distribution != self.distribution
-        ]
-        assert taken == [], "names that belong to ollm itself"
+        homes = [(offer.name, RESERVED[offer.kind].get(offer.name)) for offer in offers]
+        assert self._taken(homes) == [], "names that belong to ollm itself"
+
+    def test_its_commands_have_names_of_their_own(self, commands: tuple[CommandOffer, ...]) -> None:
+        """The same of commands."""
+        homes = [(offer.name, RESERVED_COMMANDS.get(offer.name)) for offer in commands]
+        assert self._taken(homes) == [], "names that belong to ollm itself"
 
     def test_options_have_defaults_that_are_valid(self, offers: tuple[Offer, ...]) -> None:
         """And texts that say what they mean; unknown ones are refused."""
@@ -136,11 +144,20 @@ class PluginTests:
                 store.close()
             registry().get(Kind.SPILL_POLICY, facts.spill_policy)
 
+    def test_its_commands_show_their_help(self, commands: tuple[CommandOffer, ...]) -> None:
+        """What each names is there, and is a typer app or a function that typer takes."""
+        for offer in commands:
+            shown = CliRunner().invoke(app, [registry().commands.of(offer), "--help"])
+            assert shown.exit_code == 0, f"{offer.name}: {shown.exception or shown.output}"
+
     def test_the_wheel_is_complete(self, report: PluginReport, tmp_path: Path) -> None:
         """Built from the project: modules, entry point, a bound on ollm-core, and nothing that belongs elsewhere."""
         if self.project is None:
             pytest.skip("no `project` is named")
         check_wheel(self.project, tmp_path, self.distribution, report.module.partition(":")[0])
+
+    def _taken(self, homes: list[tuple[str, Home | None]]) -> list[str]:
+        return [name for name, home in homes if home is not None and home.distribution != self.distribution]
 
     @staticmethod
     def _context(offer: Offer, options: Any, folder: Path) -> BuildContext:

@@ -24,7 +24,7 @@ from ollm.contracts.kv import KVStore
 from ollm.errors import OllmError
 from ollm.storage.segments import SegmentedStorage
 from ollm.testing.blocks import assert_equal, read_extent, write_blocks
-from ollm.testing.case import StoreCase, bytes_of, commit, depth, files_of, settle
+from ollm.testing.case import StoreCase, bytes_of, commit, depth, files_of, flush_writes
 from ollm.testing.processes import in_child
 
 _TOKENS = 16
@@ -112,7 +112,7 @@ class ReopeningTests(StoreCase):
             store = self.new(kept, keep=True)
             store.adopt(())
             table = self._of_one_cache(self._fill(store))
-            settle(store)
+            flush_writes(store)
             commit(store, [*table], durable=True)
             torch.save(table, note)
             self._write(store, 6, seed=5, layer=7)
@@ -201,7 +201,7 @@ class ReopeningTests(StoreCase):
 
     @staticmethod
     def _leave(store: KVStore, committed: Iterable[Extent] = ()) -> None:
-        settle(store)
+        flush_writes(store)
         commit(store, [*committed])
         store.close()
 

@@ -11,7 +11,7 @@ import pytest
 from ollm.contracts.kv import KVStore
 from ollm.io import shim
 from ollm.testing.blocks import write_blocks
-from ollm.testing.case import StoreCase, assert_nothing_left, depth, settle
+from ollm.testing.case import StoreCase, assert_nothing_left, depth, flush_writes
 from ollm.testing.faults import FaultyDisk
 from ollm.testing.processes import in_child
 
@@ -28,8 +28,8 @@ class SessionsTests(StoreCase):
         mine, others = write_blocks(first, ours[:1]), write_blocks(second, theirs[:1])
         mine += write_blocks(first, ours[1:], start=mine[0].stop)
         others += write_blocks(second, theirs[1:], start=mine[0].stop)
-        settle(first)
-        settle(second)
+        flush_writes(first)
+        flush_writes(second)
         self.holds(first, mine, ours)
         self.holds(second, others, theirs)
         second.close()
@@ -46,7 +46,7 @@ class SessionsTests(StoreCase):
         ours = self.new(tmp_path)
         blocks = self.blocks(ours, 1, 5)
         extents = write_blocks(ours, blocks)
-        settle(ours)
+        flush_writes(ours)
 
         def other_session() -> None:
             store = self.new(tmp_path)
@@ -89,7 +89,7 @@ class SessionsTests(StoreCase):
         """Somebody tidied up by hand."""
         store = self.new(tmp_path)
         write_blocks(store, self.blocks(store, 1, 5))
-        settle(store)
+        flush_writes(store)
         runs = [path for path in tmp_path.glob("*/*") if path.is_dir()]
         if not runs:
             store.close()
@@ -105,11 +105,11 @@ class SessionsTests(StoreCase):
         store: KVStore = self.new(folder)
         blocks = self.blocks(store, 3, 5)
         extents = write_blocks(store, blocks[:2])
-        settle(store)
+        flush_writes(store)
         self.holds(store, extents, blocks[:2])
         store.free([extents[1].location])
         extents[1:] = write_blocks(store, blocks[2:], start=extents[0].stop)
-        settle(store)
+        flush_writes(store)
         self.holds(store, extents, [blocks[0], blocks[2]])
         if close:
             store.close()

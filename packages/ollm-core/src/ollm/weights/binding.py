@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from ollm.weights.layout import Parameter, WeightLayout
 
-Place = tuple[nn.Module, str]
-"""A module, and the name of one of its own parameters."""
+Owner = tuple[nn.Module, str]
+"""A module, and the name that one of its own parameters has in it."""
 
 
 @attrs.frozen(eq=False)
@@ -24,7 +24,7 @@ class LayerWeights:
 
     module: nn.Module
     parameters: tuple[Parameter, ...]
-    places: tuple[tuple[Place, ...], ...]
+    places: tuple[tuple[Owner, ...], ...]
     """For every parameter all places that share it."""
 
 

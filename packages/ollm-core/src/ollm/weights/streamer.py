@@ -1,13 +1,13 @@
 """`WeightStreamer`: gives each decoder layer of a model its weights when a forward pass enters it.
 
 A layer is on disk, in host memory, or on the model's device. Hooks on the layers bind what is needed; the forward of
-the module that holds them is wrapped, so that one forward runs at a time. `remove` undoes both; nothing else of the
-model or of torch is changed. Knows modules, layouts and memory; not transformers, not who chooses the layers.
+the module that holds them is wrapped, so that one forward runs at a time. `remove` undoes both (see `ollm.changes`);
+nothing else of the model or of torch is changed. Knows modules, layouts and memory; not transformers, not who chooses
+the layers.
 """
 
 from __future__ import annotations
 
-import enum
 import functools
 import os
 import threading
@@ -20,6 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ollm.changes import Changes
+from ollm.contracts.offload import Tier
 from ollm.errors import WeightsError
 from ollm.io.device_ring import OnDevice
 from ollm.io.ledger import ledger
@@ -27,16 +29,6 @@ from ollm.weights.binding import Binding, LayerWeights, on_meta
 from ollm.weights.checkpoint import Checkpoint
 from ollm.weights.counters import WeightCounters
 from ollm.weights.memory import HOST, Held, WeightMemory
-
-
-class Tier(enum.Enum):
-    """Where a layer's weights stay between forward passes."""
-
-    DISK = "disk"
-    """Nowhere: they are read each time."""
-    HOST = "host"
-    DEVICE = "device"
-    """The model's own; on a CPU it is the same as `HOST`."""
 
 
 class WeightStreamer:
@@ -74,15 +66,13 @@ class WeightStreamer:
         self._finalizer = weakref.finalize(self, self._memory.close)
         self._inside: tuple[int, OnDevice | None] | None = None  # the layer that computes, and its copy on the device
         self._stand_ins: dict[Hashable, tuple[Binding, Tensor]] | None = None
-        self._original = vars(decoder).get("forward")
-        self._forward = self._wrap(decoder.forward)
-        decoder.forward = self._forward
-        self._hooks = [
-            layer.module.register_forward_pre_hook(functools.partial(self._enter, index))
-            for index, layer in enumerate(layers)
-        ]
-        # whoever saves the model wants what it really has
-        self._hooks.append(decoder.register_state_dict_pre_hook(self._decide))  # type: ignore[no-untyped-call]
+        with Changes() as changes:
+            changes.wrap(decoder, self._one_at_a_time)
+            for index, layer in enumerate(layers):
+                changes.hook(layer.module.register_forward_pre_hook(functools.partial(self._enter, index)))
+            # whoever saves the model wants what it really has
+            changes.hook(decoder.register_state_dict_pre_hook(self._decide))  # type: ignore[no-untyped-call]
+            self._changes = changes.pop_all()
 
     @property
     def layer_bytes(self) -> list[int]:
@@ -129,13 +119,7 @@ class WeightStreamer:
         """Take everything off the model, whose decoder layers are left without weights. May be called twice."""
         with self._lock:
             self._leave()
-            for hook in self._hooks:
-                hook.remove()
-            if vars(self._decoder).get("forward") is self._forward:
-                if self._original is None:
-                    del self._decoder.forward
-                else:
-                    self._decoder.forward = self._original
+            self._changes.close()
             for index in list(self._memory.held):
                 self._drop(index)
             self._memory.stop()
@@ -195,17 +179,13 @@ class WeightStreamer:
                 self._bindings[index].bind(layer.buffer)
         self._memory.start(self._streamed())
 
-    def _wrap(self, forward: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(forward)
-        def one_at_a_time(*args: Any, **kwargs: Any) -> Any:
-            with self._lock:
-                self._begin()
-                try:
-                    return forward(*args, **kwargs)
-                finally:
-                    self._leave()
-
-        return one_at_a_time
+    def _one_at_a_time(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        with self._lock:
+            self._begin()
+            try:
+                return forward(*args, **kwargs)
+            finally:
+                self._leave()
 
     def _begin(self) -> None:
         """Check what may have changed since the last forward pass."""

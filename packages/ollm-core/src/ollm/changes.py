@@ -1,0 +1,176 @@
+"""`Changes`: everything that is done to somebody else's model, and the one way in which it is undone.
+
+A change is kept where it is made, in the module whose forward is wrapped or for the setting that has another value, not
+by who asked for it: so it does not matter how many ask, under which wrapper of the model, and who is done first. With
+the last undo each object is as it was. Knows modules and attributes; not transformers, and not what changes are for.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+import weakref
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Any, Protocol
+
+import attrs
+from torch import nn
+
+Around = Callable[..., Any]
+"""`around(forward, *args, **kwargs)`: calls the forward that it is given, or does not, and returns what that would."""
+
+Change = Callable[[], Callable[[], None]]
+"""Makes a change, and returns what undoes it."""
+
+_lock = threading.RLock()  # whoever is collected undoes its changes in any thread, and perhaps in the midst of another
+
+
+class _Handle(Protocol):
+    def remove(self) -> None: ...
+
+
+class Changes(ExitStack):
+    """What one user does to a model. `close` undoes it, as does an error within a `with` block; `pop_all` takes it out
+    of the block. Keeps no module alive, and leaves what somebody else has changed since as it is."""
+
+    def hook(self, handle: _Handle) -> None:
+        """Take a hook that was just registered off again."""
+        self.callback(handle.remove)
+
+    def wrap(self, module: nn.Module, around: Around) -> None:
+        """Put a wrapper around the `forward` of a module, outside of those that are there."""
+        token = object()
+        with _lock:
+            forward = vars(module).get("forward")
+            if not isinstance(forward, _Forward):
+                forward = _Forward(module)
+            forward.around[token] = around
+            module.forward = forward
+        self.callback(_unwrap, weakref.ref(forward), token)
+
+    def set(self, target: Any, name: str, value: Any) -> None:
+        """Give an attribute that `target` has another value. Where several do, the newest that is not undone holds."""
+        token = object()
+        with _lock:
+            setting = _settings.setdefault((id(target), name), _Setting(target, name))
+            self.callback(_unset, setting, token)
+            setting.put(token, value)
+
+
+class ChangesFor:
+    """Changes that are made for an object, and undone with `undo` or when it is dropped."""
+
+    def __init__(self, user: object) -> None:
+        self._user = weakref.ref(user)
+        self._undo: list[tuple[Change, Callable[[], object]]] = []
+
+    @property
+    def made(self) -> list[Change]:
+        """Those that are not undone, for whoever wants to make them for another object, too."""
+        return [change for change, _ in self._undo]
+
+    def make(self, *changes: Change) -> None:
+        """Make all of them, or none."""
+        before, user = len(self._undo), self._user()
+        assert user is not None
+        try:
+            for change in changes:
+                undo = weakref.finalize(user, change())
+                undo.atexit = False  # at exit the model goes as well
+                self._undo.append((change, undo))
+        except BaseException:
+            self.undo(before)
+            raise
+
+    def undo(self, keep: int = 0) -> None:
+        """Undo all, or all but the first `keep`, from the last to the first; nothing of them is kept alive then."""
+        with ExitStack() as steps:
+            for _, undo in self._undo[keep:]:
+                steps.callback(undo)
+            del self._undo[keep:]
+
+
+def is_ours(target: Any, name: str) -> bool:
+    """Whether an attribute has the value that a change gave it."""
+    setting = _settings.get((id(target), name))
+    return setting is not None and setting.holds
+
+
+class _Forward:
+    """Stands in for the `forward` of a module while there are wrappers around it.
+
+    When there are none any more and somebody else has wrapped it, it cannot go; then it does nothing, and goes as soon
+    as it is called and is the module's own again.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.around: dict[object, Around] = {}
+        self._module = module
+        self._before = vars(module).get("forward")
+        self._forward = module.forward
+        functools.update_wrapper(self, self._forward)  # its signature is asked for
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        forward = self._forward
+        for around in list(self.around.values()):
+            forward = functools.partial(around, forward)
+        if not self.around:
+            self.go()
+        return forward(*args, **kwargs)
+
+    def go(self) -> None:
+        """Give the module its own `forward` back, unless somebody has wrapped it again."""
+        with _lock:
+            if self.around or vars(self._module).get("forward") is not self:
+                return
+            if self._before is None:
+                del self._module.forward
+            else:
+                self._module.forward = self._before
+
+
+@attrs.define(eq=False)
+class _Setting:
+    """An attribute of one object, and the values that it was given, the newest last."""
+
+    target: Any
+    name: str
+    values: dict[object, Any] = attrs.field(factory=dict)
+    before: Any = None
+
+    @property
+    def holds(self) -> bool:
+        return bool(self.values) and getattr(self.target, self.name) == next(reversed(self.values.values()))
+
+    def put(self, token: object, value: Any) -> None:
+        if not self.holds:  # then what somebody else has set is what comes back
+            self.before = getattr(self.target, self.name)
+            self.values.clear()
+        self.values[token] = value
+        setattr(self.target, self.name, value)
+
+    def take(self, token: object) -> None:
+        held = self.holds
+        self.values.pop(token, None)
+        if held:
+            setattr(self.target, self.name, next(reversed(self.values.values()), self.before))
+
+
+_settings: dict[tuple[int, str], _Setting] = {}
+"""By the identity of the target, which lives as long as it is here: configs have no hash."""
+
+
+def _unwrap(forward_of: weakref.ref[_Forward], token: object) -> None:
+    with _lock:
+        forward = forward_of()
+        if forward is not None:
+            forward.around.pop(token, None)
+            forward.go()
+
+
+def _unset(setting: _Setting, token: object) -> None:
+    with _lock:
+        setting.take(token)
+        if not setting.values:
+            _settings.pop((id(setting.target), setting.name), None)

@@ -1,0 +1,18 @@
+"""ollm-bench as a plugin: what every plugin must be, the wheel included, and its one command."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ollm.registry import registry
+from ollm.testing import PluginTests
+
+
+class TestPlugin(PluginTests):
+    distribution = "ollm-bench"
+    project = Path(__file__).parents[2] / "packages" / "ollm-bench"
+
+
+def test_it_is_at_home_in_its_name():
+    offer = registry().commands.get("bench")
+    assert (offer.distribution, registry().commands.of(offer)) == ("ollm-bench", "bench")

@@ -1,0 +1,227 @@
+"""Distributions with one fault each, and the test of `PluginTests` that is named for it.
+
+`make_site` puts them into a folder, as if they were installed; `make_projects` writes what they are built from.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from ollm.testing import PluginTests
+
+CAUGHT = {}
+PROJECTS = Path(os.environ.get("PLANTED_PROJECTS", "nowhere"))
+
+_SOUND = """
+import attrs
+
+from ollm.plugin import Command, KVFacts, OffloadPlacement, Strategy, hookimpl, option
+
+ollm_api_version = 1
+
+
+@attrs.frozen(kw_only=True)
+class Options:
+    level: int = option(1, help="How much.", validator=attrs.validators.ge(0))
+
+
+class First(OffloadPlacement):
+    def place(self, layer_bytes, *, count, budget):
+        return ()
+
+
+def build_store(context):
+    from core.testing.planted.sound import {store}
+
+    return {store}({argument})
+
+
+def greet(name: str = "you"):
+    print("hello", name)
+
+
+@hookimpl
+def ollm_commands():
+    return [Command(name="{module}-greet", summary="Say hello.", target="{entry}:greet")]
+
+
+@hookimpl
+def ollm_offload_placements():
+    return [Strategy(name="{module}-first", summary="None.", build=lambda context: First(), options=Options)]
+
+
+@hookimpl
+def ollm_kv_stores():
+    facts = KVFacts(lossless={lossless}, directory={directory}, full_history={full_history})
+    return [Strategy(name="{name}", summary="In memory.", build=build_store, facts=facts)]
+"""
+_USUAL = {
+    "store": "MemoryStore", "argument": "context.window_tokens", "lossless": True, "directory": None,
+    "full_history": True,
+}  # fmt: skip
+_PROJECT = """
+[build-system]
+requires = ["hatchling"]
+build-backend = "hatchling.build"
+
+[project]
+name = "{distribution}"
+version = "1.0"
+description = "Planted."
+requires-python = ">=3.11"
+dependencies = [{needs}]
+
+{entry_points}
+
+[tool.hatch.build.targets.wheel]
+{packages}
+"""
+_ENTRY = '[project.entry-points.ollm]\nacme = "{module}"'
+
+CODE = {}
+"""The entry module of each distribution."""
+PROJECT = {}
+"""What is unusual about how each is built."""
+
+
+def plugin(test, says, *, change=(), project=None, **facts):
+    """Marks a test class, whose distribution is named after it; `change` is a pair of texts in its entry module."""
+
+    def mark(case):
+        module = case.__name__.lower()
+        usual = {**_USUAL, "module": module, "entry": module_of(case.distribution), "name": f"{module}-store"}
+        code = _SOUND.format(**{**usual, **facts})
+        if change:
+            assert change[0] in code
+            code = code.replace(*change)
+        CODE[case.distribution], PROJECT[case.distribution] = code, project or {}
+        case.project = PROJECTS / case.distribution
+        if test:
+            CAUGHT[case.__name__] = (test, says)
+        return case
+
+    return mark
+
+
+def module_of(distribution):
+    return distribution.replace("-", "_")
+
+
+def make_site(folder: Path) -> None:
+    """Every distribution as an installer leaves it."""
+    for distribution, code in CODE.items():
+        module = module_of(distribution)
+        info = folder / f"{module}-1.0.dist-info"
+        info.mkdir(parents=True)
+        (folder / f"{module}.py").write_text(code)
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {distribution}\nVersion: 1.0\n")
+        (info / "entry_points.txt").write_text(f"[ollm]\n{distribution} = {module}\n")
+
+
+def make_projects(folder: Path) -> None:
+    """What each is built from."""
+    for distribution, code in CODE.items():
+        module, more = module_of(distribution), PROJECT[distribution]
+        project = folder / distribution
+        (project / "tests").mkdir(parents=True)
+        (project / f"{module}.py").write_text(code)
+        (project / "tests" / "test_it.py").write_text("")
+        settings = {
+            "distribution": distribution, "needs": '"ollm-core>=0.1,<0.2"',
+            "entry_points": _ENTRY.format(module=module), "packages": f'only-include = ["{module}.py"]', **more,
+        }  # fmt: skip
+        (project / "pyproject.toml").write_text(_PROJECT.format(**settings))
+
+
+@plugin(None, "")
+class TestSoundPlugin(PluginTests):
+    """Passes everything."""
+
+    distribution = "planted-sound"
+
+
+@plugin("test_it_is_found_and_loads", "states no `ollm_api_version`", change=("ollm_api_version = 1", ""))
+class TestNoVersion(PluginTests):
+    distribution = "planted-noversion"
+
+
+@plugin("test_it_is_found_and_loads", "no entry point in the group 'ollm' belongs to 'planted-missing'")
+class TestNotInstalled(PluginTests):
+    distribution = "planted-missing"
+
+
+@plugin(
+    "test_its_entry_module_is_light", "import what is heavy in `build`", change=("import attrs", "import attrs, torch")
+)
+class TestHeavy(PluginTests):
+    distribution = "planted-heavy"
+
+
+@plugin("test_nothing_is_warned_of", "no help text", change=('help="How much."', 'help=""'))
+class TestOptionWithoutHelp(PluginTests):
+    distribution = "planted-nohelp"
+
+
+@plugin("test_options_have_defaults_that_are_valid", "level.*'>= 0'|must be >= 0", change=("option(1,", "option(-1,"))
+class TestDefaultThatIsRefused(PluginTests):
+    distribution = "planted-default"
+
+
+@plugin("test_its_names_are_its_own", "names that belong to ollm itself", name="chunked")
+class TestReservedName(PluginTests):
+    distribution = "planted-reserved"
+
+
+@plugin(
+    "test_its_commands_have_names_of_their_own", "belong to ollm itself", change=("testreservedcommand-greet", "serve")
+)
+class TestReservedCommand(PluginTests):
+    distribution = "planted-serve"
+
+
+@plugin("test_its_commands_show_their_help", "cannot be imported: AttributeError", change=(":greet", ":gret"))
+class TestCommandThatIsNotThere(PluginTests):
+    distribution = "planted-command"
+
+
+@plugin(
+    "test_build_makes_what_the_hook_promises", r"build\(\) of", change=("build=lambda context: First()", "build=repr")
+)
+class TestBuildMakesSomethingElse(PluginTests):
+    distribution = "planted-build"
+
+
+@plugin("test_facts_are_true", "bytes differ", store="RoundingStore")
+class TestNotLossless(PluginTests):
+    distribution = "planted-lossless"
+
+
+@plugin("test_facts_are_true", "directory", directory='"kv_cache_planted"')
+class TestNoDirectory(PluginTests):
+    distribution = "planted-directory"
+
+
+@plugin("test_facts_are_true", "full_history", argument="16")
+class TestHasAWindow(PluginTests):
+    distribution = "planted-window"
+
+
+@plugin("test_the_wheel_is_complete", "needs an upper bound", project={"needs": '"ollm-core>=0.1"'})
+class TestWheelWithoutABound(PluginTests):
+    distribution = "planted-bound"
+
+
+@plugin("test_the_wheel_is_complete", "it must require ollm-core", project={"needs": ""})
+class TestWheelWithoutCore(PluginTests):
+    distribution = "planted-core"
+
+
+@plugin("test_the_wheel_is_complete", "beside the plugin", project={"packages": 'include = ["*.py", "tests"]'})
+class TestWheelWithTests(PluginTests):
+    distribution = "planted-tests"
+
+
+@plugin("test_the_wheel_is_complete", "no entry point", project={"entry_points": ""})
+class TestWheelWithoutEntryPoint(PluginTests):
+    distribution = "planted-entry"

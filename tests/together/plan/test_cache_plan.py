@@ -1,0 +1,201 @@
+"""Plans: pure, printable before a model is loaded, and true of the cache that is then opened."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import attrs
+import pytest
+import torch
+from transformers import LlamaConfig
+
+from ollm.api.cache import plan_for
+from ollm.api.facts import facts_of, facts_of_config
+from ollm.api.opening import open_cache
+from ollm.contracts.spill import KVGeometry, LayerGeometry, MemorySnapshot
+from ollm.errors import ConfigurationError
+from ollm.io.ledger import ledger
+from ollm.plan import BlockVerdict, CacheRequest, ModelFacts, plan_cache
+from ollm.plan.cache import piece_tokens
+from ollm.registry import Kind, registry
+from ollm.seam.geometry import decoder_config
+from ollm.testing.purity import no_side_effects
+from together.tiny_models import make_model
+
+GIB = 2**30
+FREE = MemorySnapshot(
+    device_type="cpu", host_total=16 * GIB, host_free=8 * GIB, device_total=16 * GIB, device_free=8 * GIB
+)
+GPU = attrs.evolve(FREE, device_type="cuda", device_total=4 * GIB, device_free=2 * GIB)
+LAYERS = tuple(LayerGeometry(layer=index, kv_heads=2, key_size=8, value_size=8, itemsize=4) for index in range(3))
+LLAMA = ModelFacts(
+    name="LlamaForCausalLM", dtype="float32", device="cpu", geometry=KVGeometry(LAYERS), activation_bytes=1000
+)
+YES = BlockVerdict(blocks=True, pieces=True, reason="same logits")
+NO = BlockVerdict(blocks=False, pieces=False, reason="its logits differ")
+
+
+@pytest.fixture(scope="module")
+def model():
+    return make_model("llama")
+
+
+def plan(free=FREE, model=LLAMA, **arguments):
+    return plan_cache(CacheRequest.from_arguments(**{"cache_dir": "/kv", **arguments}), model, free)
+
+
+def every_strategy():
+    for offer in registry().offers(Kind.KV_STORE):
+        facts = offer.strategy.facts
+        yield registry().name_of(offer), {} if facts.full_history else {"cache_window_tokens": 100}
+
+
+def test_a_plan_is_pure():
+    for name, more in every_strategy():
+        first = plan(cache_strategy=name, **more)  # modules of policies are imported once
+        with no_side_effects():
+            second = plan(cache_strategy=name, **more)
+            text = str(second)
+        assert second == first
+        assert text == str(first)
+
+
+def test_planning_imports_no_torch():
+    script = """
+import sys
+from ollm.contracts.spill import KVGeometry, MemorySnapshot
+from ollm.plan import CacheRequest, ModelFacts, plan_cache
+free = MemorySnapshot(device_type="cpu", host_total=1, host_free=1, device_total=1, device_free=1)
+model = ModelFacts(name="M", dtype="float32", device="cpu", geometry=KVGeometry(()), activation_bytes=1)
+print(plan_cache(CacheRequest(cache_dir="kv"), model, free))
+assert not {"torch", "transformers"} & sys.modules.keys()
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, capture_output=True)
+
+
+def test_a_plan_is_printed_before_a_model_is_loaded(model):
+    config = LlamaConfig(**model.config.to_dict())
+    facts = facts_of_config(config, "LlamaForCausalLM", torch.float32, torch.device("cpu"))
+    assert facts == facts_of(model)
+    text = str(plan(model=facts, ram_budget="1GiB", cache_strategy="paged"))
+    lines = dict(line.split("  ", 1) for line in text.replace("\n  ", "\n").splitlines())
+    lines = {name.strip(): value.strip() for name, value in lines.items()}
+    assert lines["strategy"].startswith("paged, lossless: ")
+    assert lines["folder"] == "one of its own in /kv/kv_cache_paged"
+    assert lines["mode"] == "not decided yet: a trial decides, when the model is there"
+    assert lines["model"] == "LlamaForCausalLM, 3 layers to store, float32 on cpu"
+    assert lines["a token"] == f"{3 * 2 * (16 + 16) * 4} B on disk"
+    assert lines["spill policy"].startswith("auto: a layer's tail is flushed at 128 tokens or 8.0 MiB")
+    assert lines["resident host"] == "1.0 GiB"
+
+
+def test_what_it_says_of_memory_and_disk_is_true_of_the_cache(model, tmp_path):
+    made = plan_for(model, CacheRequest.from_arguments(cache_dir=tmp_path, ram_budget=0, spill_policy="write-through"))
+    before = list(ledger._claims)
+    tokens = 320
+    with open_cache(made, model) as cache, torch.inference_mode():
+        claims = {claim.purpose: claim.nbytes for claim in ledger._claims if claim not in before}
+        assert claims["tails"] == made.memory.tails
+        assert claims["activations"] == made.memory.activations
+        assert claims["Read buffers"] == made.memory.read_buffers
+        assert claims["Write buffers"] == made.memory.write_buffers
+        state = cache.state()
+        assert state.directory.parent == made.directory
+        assert cache.piece_tokens == made.piece_tokens
+        model(torch.arange(tokens)[None] % 100, past_key_values=cache)
+        cache._session.store.storage.flush()
+        stored = [history.table.tokens for history in cache._stored.values()]
+        state = cache.state()
+        expected = stored[0] * made.disk_bytes_per_token
+        records = len(stored) * stored[0] / made.spill.flush_tokens
+        assert expected <= state.disk_bytes <= expected + records * 2 * 4096
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "host", "device", "reads"),
+    [
+        ({"ram_budget": GIB}, 0, GIB, True),
+        ({"ram_budget": 3 * GIB}, 2 * GIB, GIB, True),
+        ({"ram_budget": GIB, "cache_strategy": "quantized-cold-tier"}, 0, 0, True),
+        ({"cache_strategy": "resident"}, 0, 0, False),
+    ],
+)
+def test_memory_on_an_accelerator(arguments, host, device, reads):
+    memory = plan(GPU, attrs.evolve(LLAMA, device="cuda:0"), **arguments).memory
+    assert (memory.resident_host, memory.resident_device) == (host, device)
+    assert (memory.read_buffers > 0, memory.write_buffers > 0) == (reads, reads)
+    assert memory.total == sum(attrs.astuple(memory))
+
+
+def test_a_token_takes_no_disk_where_there_is_none():
+    made = plan(cache_strategy="resident")
+    assert (made.directory, made.disk_bytes_per_token) == (None, 0)
+    assert "none, everything is in memory" in str(made)
+
+
+@pytest.mark.parametrize(
+    ("mode", "verdict", "expected"),
+    [
+        ("auto", None, (None, "a trial decides, when the model is there", False)),
+        ("block", None, (None, "a trial decides, when the model is there", False)),
+        ("tensor", None, ("tensor", "asked for", False)),
+        ("tensor", YES, ("tensor", "asked for", False)),
+        ("auto", YES, ("block", "same logits", True)),
+        ("block", attrs.evolve(YES, pieces=False), ("block", "same logits", False)),
+        ("auto", NO, ("tensor", "blocks do not work with this model: its logits differ", False)),
+    ],
+)
+def test_the_mode_is_decided_by_request_and_trial(mode, verdict, expected):
+    made = plan(model=attrs.evolve(LLAMA, verdict=verdict), mode=mode)
+    assert (made.mode, made.mode_reason, made.pieces) == expected
+    if verdict is not None and mode != "tensor":
+        assert attrs.evolve(plan(mode=mode).decided(verdict), model=made.model) == made
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"mode": "block"}, "mode='block': LlamaForCausalLM cannot attend block by block: its logits differ"),
+        (
+            {"cache_strategy": "sliding-window-ring-buffer", "cache_window_tokens": 9},
+            "keeps a window, which needs mode='block'; blocks do not work with this model: its logits differ",
+        ),
+    ],
+)
+def test_a_verdict_may_refuse_what_was_asked(arguments, message):
+    with pytest.raises(ConfigurationError, match=message):
+        plan(model=attrs.evolve(LLAMA, verdict=NO), **arguments)
+
+
+def test_a_window_is_planned_with_a_warning_and_not_in_tensor_mode():
+    arguments = {"cache_strategy": "sliding-window-ring-buffer", "cache_window_tokens": 9}
+    made = plan(**arguments)
+    (warning,) = made.warnings
+    assert "keeps the newest 9 tokens only: the model forgets" in warning
+    assert warning in str(made)
+    with pytest.raises(ConfigurationError, match="which needs mode='block'; mode='tensor' was asked for"):
+        plan(mode="tensor", **arguments)
+
+
+def test_nothing_is_made_by_a_plan(tmp_path, model):
+    before = list(ledger._claims)
+    made = plan_for(model, CacheRequest.from_arguments(cache_dir=tmp_path / "kv"))
+    assert made.directory == tmp_path / "kv" / "kv_cache_chunked"
+    assert list(tmp_path.iterdir()) == []
+    assert ledger._claims == before
+    assert made.geometry == facts_of(model).geometry
+    assert len(made.geometry.layers) == decoder_config(model).num_hidden_layers
+
+
+@pytest.mark.parametrize(
+    ("per_token", "free", "tokens"),
+    [(1000, 8 * GIB, 4096), (10**6, 8 * GIB, 512), (10**9, 8 * GIB, 256), (1000, 0, 256)],
+)
+def test_pieces_are_as_long_as_memory_allows(per_token, free, tokens):
+    assert piece_tokens(per_token, free) == tokens
+
+
+def test_how_long_pieces_are_can_be_asked_for():
+    assert plan(dense_projection_chunk_rows=7).piece_tokens == 7
