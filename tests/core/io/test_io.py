@@ -221,7 +221,7 @@ def test_a_mount_that_refuses_unbuffered_reads_is_asked_once_and_named_once(tmp_
 
 
 def test_a_file_that_refuses_later_is_read_and_written_buffered(tmp_path, monkeypatch):
-    monkeypatch.setattr(files, "_unbuffered_mounts", {os.stat(tmp_path).st_dev: True})  # noqa: PTH116
+    monkeypatch.setattr(files, "_unbuffered_mounts", {tmp_path.stat().st_dev: True})
     once = FaultyDisk(fails(errno.EINVAL), 0, only=frozenset({"pwrite"}))
     storage = open_storage(tmp_path)
     monkeypatch.setattr(shim, "disk", once)

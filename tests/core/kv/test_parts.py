@@ -13,6 +13,7 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import given
+from torch import Tensor
 
 from core.storage.storage_fixtures import file_of, flip, open_storage, reopen
 from ollm.contracts.blocks import BlockKey, Extent, KVBlock
@@ -58,14 +59,27 @@ def check(part: Part, found: KVBlock, block: KVBlock) -> None:
         assert torch.equal(ours, theirs[:, heads, tokens])
 
 
+class _Noting:
+    """A storage that notes which pieces it is asked for."""
+
+    def __init__(self, storage: SegmentedStorage, asked: list[Pieces]) -> None:
+        self._storage = storage
+        self._asked = asked
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._storage, name)
+
+    def read_pieces(self, pieces: Pieces, buffer: Tensor) -> Tensor:
+        self._asked.append(pieces)
+        return self._storage.read_pieces(pieces, buffer)
+
+
 class Counted(PartReader):
     """Notes which pieces the storage is asked for."""
 
     def __init__(self, storage: SegmentedStorage) -> None:
-        super().__init__(storage)
         self.asked: list[Pieces] = []
-        real = storage.read_pieces
-        storage.read_pieces = lambda pieces, buffer: (self.asked.append(pieces), real(pieces, buffer))[1]
+        super().__init__(_Noting(storage, self.asked))
 
     def pieces(self) -> list[tuple[Extent, int]]:
         """Each piece that was read, as often as it was."""
@@ -121,7 +135,6 @@ def test_any_parts_of_any_extents_are_the_slices_of_the_whole(
         assert all(run.start < run.stop <= run.start + MOST_READ_BYTES for run in reader.asked)
     finally:
         reader.close()
-        del storage.read_pieces  # type: ignore[method-assign]
 
 
 def test_no_piece_is_read_that_holds_nothing_of_what_is_wanted(storage: SegmentedStorage) -> None:

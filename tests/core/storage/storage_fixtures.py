@@ -112,8 +112,9 @@ def process(script: str, *arguments: object) -> Iterator[subprocess.Popen[str]]:
     """A Python process of its own, with pipes for both directions; it is gone after the `with` block."""
     command = [sys.executable, "-W", "error", "-c", script, *map(str, arguments)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as child:
+        assert child.stdin is not None
         try:
             yield child
         finally:
-            if child.poll() is None and not child.stdin.closed:  # type: ignore[union-attr]
+            if child.poll() is None and not child.stdin.closed:
                 child.kill()

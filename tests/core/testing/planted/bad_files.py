@@ -189,7 +189,7 @@ class TestOnePositionForAllReaders(FileCase):
     class store_type(FileStore):
         def pread(self, fd, size, offset):
             os.lseek(fd, offset, os.SEEK_SET)
-            time.sleep(0)  # others' turn
+            time.sleep(0)  # gives others their turn, so that the planted fault shows; no test waits for it
             content = os.read(fd, size)
             if len(content) < size:
                 raise CorruptDataError("cut off")

@@ -27,7 +27,7 @@ hookimpl = pluggy.HookimplMarker(PROJECT)
 
 
 @hookspec
-def ollm_kv_stores() -> Iterable[Strategy[KVStore]]:  # type: ignore[empty-body]
+def ollm_kv_stores() -> Iterable[Strategy[KVStore]]:
     """Offer KV strategies: where the keys and values of full-attention layers live.
 
     Each strategy carries `KVFacts` and its `build` takes a `KVBuildContext` and returns a `KVStore`.
@@ -36,7 +36,7 @@ def ollm_kv_stores() -> Iterable[Strategy[KVStore]]:  # type: ignore[empty-body]
 
 
 @hookspec
-def ollm_spill_policies() -> Iterable[Strategy[SpillPolicy]]:  # type: ignore[empty-body]
+def ollm_spill_policies() -> Iterable[Strategy[SpillPolicy]]:
     """Offer spill policies: when the in-memory tail is flushed, and how many bytes stay resident.
 
     Each strategy's `build` takes a `BuildContext` and returns a `SpillPolicy`.
@@ -45,7 +45,7 @@ def ollm_spill_policies() -> Iterable[Strategy[SpillPolicy]]:  # type: ignore[em
 
 
 @hookspec
-def ollm_offload_placements() -> Iterable[Strategy[OffloadPlacement]]:  # type: ignore[empty-body]
+def ollm_offload_placements() -> Iterable[Strategy[OffloadPlacement]]:
     """Offer offload placements: which decoder layers are kept in the tier that the caller names.
 
     Each strategy's `build` takes a `BuildContext` and returns an `OffloadPlacement`.
@@ -55,7 +55,7 @@ def ollm_offload_placements() -> Iterable[Strategy[OffloadPlacement]]:  # type: 
 
 
 @hookspec
-def ollm_model_adapters() -> Iterable[Strategy[ModelAdapter]]:  # type: ignore[empty-body]
+def ollm_model_adapters() -> Iterable[Strategy[ModelAdapter]]:
     """Offer model adapters: where a model family keeps its decoder layers and what its checkpoint calls them.
 
     Each strategy's `build` takes a `BuildContext` and returns a `ModelAdapter`.
@@ -64,7 +64,7 @@ def ollm_model_adapters() -> Iterable[Strategy[ModelAdapter]]:  # type: ignore[e
 
 
 @hookspec
-def ollm_commands() -> Iterable[Command]:  # type: ignore[empty-body]
+def ollm_commands() -> Iterable[Command]:
     """Offer commands: what `ollm` runs by a name, beside the commands of core.
 
     Each names the typer app or the function that it runs, which is imported only then: `ollm --help` and `ollm plugins`

@@ -17,7 +17,7 @@ from ollm.contracts.options import structure_field
 from ollm.errors import ConfigurationError
 from ollm.registry.discovery import DISABLE_VARIABLE
 
-T = TypeVar("T")
+T = TypeVar("T", bound=attrs.AttrsInstance)
 
 FILE = "ollm.toml"
 FILE_VARIABLE = "OLLM_CONFIG"
@@ -80,7 +80,7 @@ def structure(record: type[T], *sources: Source) -> T:
     Raises:
         ConfigurationError: for names that the record has not, and values that do not fit; says where they are.
     """
-    known = [field.name for field in attrs.fields(record)]  # type: ignore[arg-type]  # any attrs class
+    known = [field.name for field in attrs.fields(record)]
     values: dict[str, Any] = {}
     for source in sources:
         where = f"{source.place}: " if source.place else ""

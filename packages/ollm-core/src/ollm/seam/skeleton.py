@@ -146,8 +146,9 @@ def _layer_weights(
             if found:
                 made.append((found[0], tuple(place for _, place in shared)))
                 streamed |= {full_name for full_name, _ in shared}
-                # as if it were loaded: transformers fills in only what is not
-                shared[0][1][0]._parameters[shared[0][1][1]]._is_hf_initialized = True  # type: ignore[union-attr]
+                module, name = shared[0][1]
+                # transformers' own mark, as if it were loaded: it fills in only what is not
+                module.get_parameter(name)._is_hf_initialized = True  # type: ignore[attr-defined]
         weights.append(LayerWeights(layer, tuple(p for p, _ in made), tuple(where for _, where in made)))
     tied = set(model.all_tied_weights_keys) | set(model.all_tied_weights_keys.values())
     if tied & streamed:

@@ -5,12 +5,13 @@ Knows nothing of how stores keep anything.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from ollm.contracts.blocks import BlockKey, Extent, KVBlock, Location
+from ollm.contracts.blocks import BlockKey, Extent, KVBlock, KVLayout, Location
 from ollm.contracts.kv import KVStore
 from ollm.io.buffers import aligned_buffer
 from ollm.storage.records import run_span
@@ -55,6 +56,18 @@ def write_blocks(
         extents.append(Extent.of(key, block.layout, location))
         start += tokens
     return extents
+
+
+def save_table(table: Mapping[Extent, KVBlock], path: Path) -> None:
+    """Write a table down for another process of a test."""
+    torch.save(dict(table), path)
+
+
+def load_table(path: Path) -> dict[Extent, KVBlock]:
+    """The table that `save_table` wrote. Nothing but the records of the contract is made of what the file says."""
+    with torch.serialization.safe_globals([BlockKey, Extent, KVBlock, KVLayout, Location]):
+        table: dict[Extent, KVBlock] = torch.load(path, weights_only=True)
+    return table
 
 
 def read_raw(store: KVStore, extent: Extent) -> Tensor:

@@ -17,13 +17,12 @@ from typing import Any
 
 import attrs
 import pytest
-import torch
 
 from ollm.contracts.blocks import Extent, KVBlock
 from ollm.contracts.kv import KVStore
 from ollm.errors import OllmError
 from ollm.storage.segments import SegmentedStorage
-from ollm.testing.blocks import assert_equal, read_extent, write_blocks
+from ollm.testing.blocks import assert_equal, load_table, read_extent, save_table, write_blocks
 from ollm.testing.case import StoreCase, bytes_of, commit, depth, files_of, flush_writes
 from ollm.testing.processes import in_child
 
@@ -89,8 +88,8 @@ class ReopeningTests(StoreCase):
     def test_another_process_goes_on(self, kept: Path, tmp_path: Path) -> None:
         """What one process left, another one reads, and the other way round."""
         note = tmp_path / "table"
-        in_child(lambda: torch.save(self._session(kept), note))
-        table = torch.load(note, weights_only=False)
+        in_child(lambda: save_table(self._session(kept), note))
+        table = load_table(note)
         store = self._reopened(kept, table)
         self._holds(store, table)
         table |= self._write(store, 2, seed=4, start=100)
@@ -114,12 +113,12 @@ class ReopeningTests(StoreCase):
             table = self._of_one_cache(self._fill(store))
             flush_writes(store)
             commit(store, [*table], durable=True)
-            torch.save(table, note)
+            save_table(table, note)
             self._write(store, 6, seed=5, layer=7)
             os.kill(os.getpid(), signal.SIGKILL)
 
         in_child(child, killed=True)
-        table = torch.load(note, weights_only=False)
+        table = load_table(note)
         errors, committed = self._goes_on(kept, table, "after kill -9")
         if committed is not None:
             assert committed == [*table]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -115,11 +116,11 @@ class SessionsTests(StoreCase):
             store.close()
 
 
-def _with_disk(disk: FaultyDisk, action: object) -> None:
+def _with_disk(disk: FaultyDisk, action: Callable[[], None]) -> None:
     before = shim.disk
     shim.disk = disk
     try:
-        action()  # type: ignore[operator]
+        action()
     finally:
         shim.disk = before
 

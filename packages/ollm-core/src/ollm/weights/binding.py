@@ -93,7 +93,7 @@ class Binding:
         for parameter, places in zip(parameters, self._places, strict=True):
             module, name = places[0]
             # kernels are chosen by it, and whoever froze a layer froze what is bound later, too
-            parameter.requires_grad_(module._parameters[name].requires_grad)  # type: ignore[union-attr]
+            parameter.requires_grad_(module.get_parameter(name).requires_grad)
             for module, name in places:
                 module._parameters[name] = parameter
 

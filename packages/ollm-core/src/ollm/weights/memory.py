@@ -6,6 +6,7 @@ Holds no module, so that it can be given back when the model that it served is c
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 import attrs
@@ -50,6 +51,8 @@ class WeightMemory:
         self._layouts = layouts
         self._counters = counters
         self._scheduler = scheduler_of(folder)
+        self._undo = ExitStack()
+        self._undo.callback(self._scheduler.release)
         self._slots_claim: Claim | None = None
 
     @property
@@ -144,9 +147,7 @@ class WeightMemory:
         if self.device_ring is not None:
             self.device_ring.close()
             self.device_ring = None
-        if self._scheduler is not None:
-            self._scheduler.release()
-            self._scheduler = None  # type: ignore[assignment]
+        self._undo.close()
 
     def _is_copied(self, index: int) -> bool:
         """Whether a layer is copied to the accelerator each time."""

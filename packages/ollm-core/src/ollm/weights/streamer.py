@@ -70,7 +70,7 @@ class WeightStreamer:
             changes.wrap(decoder, self._one_at_a_time)
             for index, layer in enumerate(layers):
                 changes.hook(layer.module.register_forward_pre_hook(functools.partial(self._enter, index)))
-            # whoever saves the model wants what it really has
+            # whoever saves the model wants what it really has; torch states no types here
             changes.hook(decoder.register_state_dict_pre_hook(self._decide))  # type: ignore[no-untyped-call]
             self._changes = changes.pop_all()
 
