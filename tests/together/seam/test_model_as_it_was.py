@@ -117,7 +117,10 @@ def test_parts_with_an_attention_of_their_own_get_it_back(own):
     inner = copy.deepcopy(own.config)
     own.model.config = inner
     inner._attn_implementation = "eager"
-    assert own.config._attn_implementation == "sdpa"
+    own.set_attn_implementation("sdpa")
+    if inner._attn_implementation != "sdpa":
+        pytest.skip("this transformers leaves parts that have a config of the same class as they are")
+    inner._attn_implementation = "eager"
     undo = switch_on(own, ())
     assert (own.config._attn_implementation, inner._attn_implementation) == (attention.NAME,) * 2
     undo()
