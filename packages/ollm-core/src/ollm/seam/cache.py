@@ -66,7 +66,7 @@ class KVCache(Cache):
         self.changes = ChangesFor(self)  # what is done to the model while the cache is open; a fork does the same
         self._mode_reason = mode_reason
         self.piece_tokens: int | None = None
-        """The longest piece of a prompt that a layer takes at once; `None` for all of it."""
+        """The longest piece of a prompt that a layer takes at once, tokens of all rows; `None` for all of it."""
         self.progress: Callable[[PrefillProgress], None] | None = None
         """Called after every piece of every layer of a prefill."""
         self._session = session
