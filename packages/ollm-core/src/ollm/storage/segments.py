@@ -93,6 +93,7 @@ class SegmentedStorage(Storage):
         self._lock = threading.Lock()
         self._owner = os.getpid()
         self._moved = Moved()
+        self._compactions = 0
         self._unsynced = False  # whether an fsync failed
         self._adopted = folder.is_new
         new = Manifest(
@@ -178,12 +179,12 @@ class SegmentedStorage(Storage):
                 write_record, target, Extent.of(key, layout, location), tensor_bytes(buffer)[:size], self._moved
             )
             self._writes.submit(location, buffer, size, job)
+            return location
         except BaseException:
             self._writes.give_up(location, buffer)
             with self._lock:
                 target.let_go([location])
             raise
-        return location
 
     def raise_failed(self) -> None:
         self._check_usable()
@@ -217,6 +218,7 @@ class SegmentedStorage(Storage):
         except OSError as error:
             raise failed_write(error, self.path, len(raw)) from error
         self._manifest = manifest
+        self._compactions = manifest.compactions(compact_from=self._compact_from)
 
     def _sync(self) -> None:
         """Wait until the files are on the medium. Never again after the system refused: what it could not write then it
@@ -308,7 +310,12 @@ class SegmentedStorage(Storage):
     def stats(self) -> StoreStats:
         with self._lock:
             disk_bytes = self._disk_bytes
-        return StoreStats(disk_bytes=disk_bytes, bytes_written=self._moved.written, bytes_read=self._moved.read)
+        return StoreStats(
+            disk_bytes=disk_bytes,
+            bytes_written=self._moved.written,
+            bytes_read=self._moved.read,
+            compactions=self._compactions,
+        )
 
     @property
     def _disk_bytes(self) -> int:
