@@ -251,7 +251,7 @@ def test_what_is_being_read_is_never_overwritten_by_a_store_that_reuses_its_slot
     reading.start()
     disk.wait_for(1)
     layer.table.crop(0)
-    assert session.table.unread() == [], "all of them are pinned"
+    assert session.table.due().free == (), "all of them are pinned"
     for number in range(3):
         layer.append(*tokens(TOKENS, seed=900 + number))
     disk.opened.set()

@@ -66,7 +66,8 @@ class KVStore(ABC):
 
     @abstractmethod
     def free(self, locations: Sequence[Location]) -> None:
-        """Nobody reads these any more: their bytes may be used for others."""
+        """Nobody reads these any more: their bytes may be used for others. After Ctrl-C it is called for them again,
+        before anything else is written."""
 
     def read(self, extent: Extent) -> Tensor:
         """The bytes of a block as a uint8 tensor on the host, for stores without a `storage`.

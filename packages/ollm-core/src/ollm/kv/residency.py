@@ -118,11 +118,16 @@ class Residency:
     def offer(self, extent: Extent, block: KVBlock) -> bool:
         """Keep a copy of a block if its layer's share has room; says whether it did. Whoever is interrupted in this
         drops the extent."""
-        piece = self._piece_for(extent)
+        key = extent.key.layer, extent.key.branch
+        pieces = self._pieces.get(key, [])
+        last = pieces[-1] if pieces and pieces[-1].is_before(extent) else None
+        fits = last is not None and (last.has_room(extent) or self._grow(last, extent))
+        piece = last if fits else self._new_piece(extent)
         if piece is None:
             return False
         self.version += 1
-        self._home[extent.location] = piece  # before anything of it is kept, so that `drop` finds all
+        # at once, and before anything of it is kept, so that `drop` finds all
+        self._home[extent.location], self._pieces[key] = piece, pieces if fits else [*pieces, piece]
         piece.put(extent, block)
         return True
 
@@ -151,17 +156,6 @@ class Residency:
                 piece.claim.release()
         self._pieces.clear()
         self._home.clear()
-
-    def _piece_for(self, extent: Extent) -> Piece | None:
-        """A piece with room for `extent`: the last one, which is copied into a larger one if it is full, or another."""
-        pieces = self._pieces.get((extent.key.layer, extent.key.branch), [])
-        last = pieces[-1] if pieces and pieces[-1].is_before(extent) else None
-        if last is not None and (last.has_room(extent) or self._grow(last, extent)):
-            return last
-        piece = self._new_piece(extent)
-        if piece is not None:
-            self._pieces[extent.key.layer, extent.key.branch] = [*pieces, piece]
-        return piece
 
     def _grow(self, piece: Piece, extent: Extent) -> bool:
         """Move what a full piece has into larger tensors, with room for `extent`; says whether that was possible."""

@@ -124,8 +124,14 @@ class KVSession:
 
 
 def _give_back(table: BlockTable, source: BlockSource, store: KVStore) -> None:
-    free = table.unread()
-    if free:
-        source.forget(free)
-        table.forget(len(free))
-        store.free(free)
+    due = table.due()
+    if not due.drops:
+        return
+    try:
+        if due.free:
+            source.forget(due.free)
+            store.free(due.free)
+    except Exception:  # who comes next need not meet it again
+        table.settle(due)
+        raise
+    table.settle(due)  # not after an interrupt: the next one frees them, before anything is written

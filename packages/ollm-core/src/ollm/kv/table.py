@@ -75,11 +75,23 @@ class Reader:
         self.reading = False
 
 
+@attrs.frozen
+class Due:
+    """What can be freed."""
+
+    drops: int
+    """How often a list dropped something."""
+    free: tuple[Location, ...]
+    """Where that is what no list has any more, each once."""
+    shared: dict[Location, int]
+    """How many lists have the rest of it still."""
+
+
 class BlockTable:
     """The lists of all layers of a cache and its forks. Changed by one thread; readers may leave in any."""
 
     def __init__(self) -> None:
-        self._lists: Counter[Location] = Counter()  # how many have an extent
+        self._lists: dict[Location, int] = {}  # how many have an extent, those that dropped it until that is settled
         self._dropped: deque[tuple[int, Location]] = deque()
         self._moment = 0  # counts what was dropped
         self._readers: list[weakref.ref[Reader]] = []
@@ -112,35 +124,44 @@ class BlockTable:
         finally:
             reader.leave()
 
-    def unread(self) -> list[Location]:
-        """Where dropped extents are that nobody reads any more, in the order in which they were dropped."""
+    def due(self) -> Due:
+        """What was dropped and nobody reads any more."""
         readers = [reader for one in self._readers if (reader := one()) is not None and reader.reading]
         self._readers = [*map(weakref.ref, readers)]
         oldest = min((reader.moment for reader in readers), default=self._moment)
-        return [location for _, location in itertools.takewhile(lambda dropped: dropped[0] < oldest, self._dropped)]
+        due = [location for _, location in itertools.takewhile(lambda dropped: dropped[0] < oldest, self._dropped)]
+        left = {location: self._lists.get(location, 0) - times for location, times in Counter(due).items()}
+        free = tuple(location for location, lists in left.items() if lists <= 0)
+        return Due(len(due), free, {location: lists for location, lists in left.items() if lists > 0})
 
-    def forget(self, count: int) -> None:
-        """The first so many of what was dropped are freed."""
-        self._dropped = deque(itertools.islice(self._dropped, count, None))
+    def settle(self, due: Due) -> None:
+        """All of this is done with."""
+        rest = deque(itertools.islice(self._dropped, due.drops, None))
+        lists = {**self._lists, **due.shared} if due.shared else self._lists
+        self._dropped, self._lists = rest, lists  # at once: an interrupt leaves neither without the other
+        for location in due.free:
+            self._lists.pop(location, None)  # else `add` sets it right
+
+    def add(self, entries: Iterable[Entry]) -> None:
+        """A list has these, which were just written."""
+        self._lists.update({entry.extent.location: 1 for entry in entries})
 
     def share(self, entries: Iterable[Entry]) -> None:
         """One list more has these."""
-        self._lists.update(entry.extent.location for entry in entries)
+        self._lists.update({location: self._lists.get(location, 0) + 1 for location in _locations(entries)})
 
     def discard(self, locations: Iterable[Location]) -> None:
         """These were written, and no list will have them."""
-        self._dropped.extend((self._moment, location) for location in locations)
+        self._dropped.extend([(self._moment, location) for location in locations])
         self._moment += 1
 
     def drop(self, entries: Iterable[Entry]) -> None:
         """One list less has these."""
-        for entry in entries:
-            location = entry.extent.location
-            self._lists[location] -= 1
-            if not self._lists[location]:
-                del self._lists[location]
-                self._dropped.append((self._moment, location))
-        self._moment += 1
+        self.discard(_locations(entries))
+
+
+def _locations(entries: Iterable[Entry]) -> list[Location]:
+    return [entry.extent.location for entry in entries]
 
 
 class LayerTable:
@@ -168,7 +189,7 @@ class LayerTable:
         too."""
         new, before = tuple(map(Entry, extents)), self.entries.items
         old = before[-1:] if instead_of_last else ()
-        self._table.share(new)
+        self._table.add(new)
         self.entries = Entries((*before[: len(before) - len(old)], *new))
         self.tokens = new[-1].stop
         self._table.drop(old)
