@@ -38,12 +38,10 @@ def test_what_was_resident_is_dropped_when_its_claim_is(tmp_path, claims):
     """Layers that somebody still has refer to nothing of it, nor do the routes that were worked out for them."""
     session, layers = make_session(tmp_path, layers=1, extents=4, resident_bytes=2**30)
     walk(layers[0])
-    (tier,) = session.source._tiers
-    (piece,) = tier._pieces[0, 0]
-    memory = weakref.ref(piece.keys)
-    del piece, tier
+    route = weakref.ref(session.source._routes.route(layers[0].table.entries))
+    assert route().resident
     session.close()
-    assert memory() is None
+    assert route() is None
     assert claims() == []
 
 
@@ -57,6 +55,7 @@ def test_what_fails_while_a_source_ends_keeps_nothing_else(tmp_path, claims, fai
     with pytest.raises(StorageError, match="planted"):
         session.close()
     assert list(tmp_path.iterdir()) == []
+    assert claims() == {1: ["resident keys and values"], 4: ["Read buffers"]}.get(failing, [])
     ends[failing] = end
     session.close()
     assert claims() == []

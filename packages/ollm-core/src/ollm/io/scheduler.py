@@ -44,7 +44,8 @@ class IOScheduler:
         weakref.finalize(self, workers.leave, self._number).atexit = False  # then threads end with the interpreter
 
     def submit(self, action: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> Future[T]:
-        """Run `action` on a worker as soon as one is free. If this fails, it is not and will not be run.
+        """Run `action` on a worker as soon as one is free. If this fails it will not be run, unless it is running by
+        then: what it uses may only be dropped.
 
         Raises:
             StorageError: there is no thread, and the system starts none.
@@ -117,9 +118,10 @@ class _Request(Generic[T]):
             return self._work()
 
     def give_up(self) -> None:
-        """Afterwards it is not being run."""
-        with self._lock:
+        """It is not to begin any more."""
+        if self._lock.acquire(blocking=False):
             self._work = None
+            self._lock.release()
 
 
 _lock = threading.RLock()  # a cache may be collected, and give its scheduler back, while another asks for one
