@@ -22,6 +22,7 @@ from ollm.registry import registry
 from ollm.seam.cache import KVCache
 from ollm.seam.geometry import decoder_config
 from ollm.seam.mode import switch_on
+from ollm.seam.watch import watch
 from ollm.storage.folder import CacheFolder
 from ollm.storage.options import WRITE_BUFFERS, StorageOptions
 from ollm.storage.segments import SegmentedStorage
@@ -56,16 +57,17 @@ def open_cache(plan: CachePlan, model: nn.Module, progress: Callable[[PrefillPro
         plan = plan.decided(try_blocks(model, lambda: open_cache(plan.for_trial(), model)))
     for warning in plan.warnings:
         logger.warning("%s", warning)
-    switch = None
+    changes = [functools.partial(watch, model)]
     if plan.mode == "block":
-        switch = functools.partial(switch_on, model, decoder_layers(model) if plan.pieces else ())
+        changes.append(functools.partial(switch_on, model, decoder_layers(model) if plan.pieces else ()))
     with ExitStack() as undo:
         cache = KVCache(
             decoder_config(model),
             _open_session(plan, undo),
             spill_policy=plan.spill_policy,
             lossless=plan.facts.lossless,
-            switch_on=switch,
+            blocks=plan.mode == "block",
+            changes=changes,
             mode_reason=plan.mode_reason,
         )
         undo.pop_all()
