@@ -84,8 +84,8 @@ class ContinuationError(CacheError, ValueError):
 
 
 class CacheNotFilledError(CacheError, RuntimeError):
-    """A forward pass did not put into the cache what it was given: the model was called with another cache than it used,
-    or filled it in part, or twice. The pass was undone."""
+    """A forward pass did not put into the cache what it was given: the model used another cache than the one that it
+    was called with, or filled it in part, or twice. The pass was undone."""
 
 
 class InterruptedForwardError(CacheError, RuntimeError):

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
     from torch import nn
 
+    from ollm.changes import Change
     from ollm.kv.state import PrefillProgress
 
 logger = logging.getLogger(__name__)
@@ -54,10 +55,16 @@ def open_cache(plan: CachePlan, model: nn.Module, progress: Callable[[PrefillPro
         PluginError: the store is not what its plugin says.
     """
     if plan.mode is None:
-        plan = plan.decided(try_blocks(model, lambda: open_cache(plan.for_trial(), model)))
-    for warning in plan.warnings:
+        plan = plan.decided(try_blocks(model, lambda: _open(plan.for_trial(), model)))
+    cache = _open(plan, model)
+    cache.piece_tokens, cache.progress = (plan.piece_tokens if plan.pieces else None), progress
+    for warning in (*plan.warnings, *cache.what_stays_in_memory()):
         logger.warning("%s", warning)
-    changes = [functools.partial(watch, model)]
+    return cache
+
+
+def _open(plan: CachePlan, model: nn.Module) -> KVCache:
+    changes: list[Change] = [functools.partial(watch, model)]
     if plan.mode == "block":
         changes.append(functools.partial(switch_on, model, decoder_layers(model) if plan.pieces else ()))
     with ExitStack() as undo:
@@ -71,7 +78,6 @@ def open_cache(plan: CachePlan, model: nn.Module, progress: Callable[[PrefillPro
             mode_reason=plan.mode_reason,
         )
         undo.pop_all()
-    cache.piece_tokens, cache.progress = (plan.piece_tokens if plan.pieces else None), progress
     return cache
 
 

@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import copy
 import functools
-import logging
 import threading
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from types import TracebackType
 from typing import Any, NoReturn, Self
@@ -42,8 +41,6 @@ from ollm.seam.layers import (
     why_not_croppable,
 )
 from ollm.seam.passes import Pass
-
-logger = logging.getLogger(__name__)
 
 
 class KVCache(Cache):
@@ -114,8 +111,6 @@ class KVCache(Cache):
         self._leave.atexit = False  # at exit the store goes as well
         super().__init__(layers=[self._new_layer(index) for index in range(len(self._layer_types))])
         self._attention_layers = [i for i, layer in enumerate(self.layers) if isinstance(layer, CacheLayerMixin)]
-        if origin is None:
-            self._say_what_stays_in_memory()
         self.changes.make(*(origin.changes.made if origin else changes))
 
     @property
@@ -288,6 +283,21 @@ class KVCache(Cache):
             raise
         return fork
 
+    def what_stays_in_memory(self) -> Iterator[str]:
+        """What a user should know of layers that are not, or not wholly, stored: a warning, or none."""
+        growing = [index for index, layer in enumerate(self.layers) if grows(layer)]
+        if growing:
+            kinds = ", ".join(sorted({self._layer_types[index][0] for index in growing}))
+            yield (
+                f"{len(growing)} of {len(self.layers)} layers ({kinds}) keep something of every token in memory, beside "
+                "what goes to the store: state().memory_bytes says how much."
+            )
+        elif not self._stored:
+            yield (
+                "No layer of this model keeps every key and value, so nothing goes to a store; what its layers keep "
+                "in memory does not grow with the context."
+            )
+
     def state(self) -> CacheState:
         """What the cache holds and did so far. Works after `close()` too, with the counters as they were."""
         stats = self._session.store.stats()
@@ -394,20 +404,6 @@ class KVCache(Cache):
                 f"An earlier forward pass stopped half-way and cannot be undone ({error}). Call cache.reset() and "
                 "start again."
             ) from error
-
-    def _say_what_stays_in_memory(self) -> None:
-        growing = [index for index, layer in enumerate(self.layers) if grows(layer)]
-        if growing:
-            kinds = ", ".join(sorted({self._layer_types[index][0] for index in growing}))
-            logger.warning(
-                "%d of %d layers (%s) keep something of every token in memory, beside what goes to the store: see "
-                "state().memory_bytes.", len(growing), len(self.layers), kinds,
-            )  # fmt: skip
-        elif not self._stored:
-            logger.warning(
-                "No layer of this model keeps every key and value, so nothing of it goes to a store; what its layers "
-                "keep in memory does not grow with the context."
-            )
 
 
 def _close_all(histories: Sequence[LayerHistory]) -> None:
