@@ -3,12 +3,14 @@ do."""
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
 
-from ollm.errors import ContinuationError
+from ollm.errors import CacheNotFilledError, ContinuationError
 from together.comparison import assert_same, cache_for, generate, stock_cache, tokens
-from together.tiny_models import FAMILIES
+from together.tiny_models import FAMILIES, make_model
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -106,6 +108,66 @@ def test_assisted_decoding_of_a_text_that_is_held_in_part_is_refused(model, tmp_
             generate(model, ids, cache, prompt_lookup_num_tokens=4)
         assert cache.get_seq_length() == 20
         assert_same(generate(model, ids, cache), generate(model, ids, stock_cache(model)))
+
+
+def tuned(config):
+    from peft import get_peft_model
+
+    torch.manual_seed(0)
+    with torch.inference_mode(False):
+        return get_peft_model(make_model("llama"), config).eval()
+
+
+def test_virtual_tokens_of_a_peft_model_count(tmp_path):
+    peft = pytest.importorskip("peft")
+    model = tuned(peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4))
+    ids = tokens(1, 12)
+    truth = model.generate(input_ids=ids, max_new_tokens=6, do_sample=False)
+    with cache_for(model, tmp_path) as cache:
+        ours = model.generate(input_ids=ids, past_key_values=cache, max_new_tokens=6, do_sample=False)
+        assert torch.equal(ours, truth)
+        assert cache.get_seq_length() == 4 + 12 + 5
+        assert torch.equal(cache.token_ids, torch.cat([torch.full((1, 16), -1), ours[:, 12:-1]], dim=1))
+
+
+def test_prefix_tuning_which_brings_a_cache_of_its_own_is_refused(tmp_path):
+    peft = pytest.importorskip("peft")
+    model = tuned(peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4))
+    ids = tokens(1, 12)
+    with cache_for(model, tmp_path) as cache:
+        for use in (
+            lambda: model(input_ids=ids, past_key_values=cache),
+            lambda: model.generate(input_ids=ids, past_key_values=cache, max_new_tokens=6),
+        ):
+            with pytest.raises(CacheNotFilledError):
+                use()
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_lora_model_and_its_base_go_on_with_one_cache(whole, tmp_path):
+    peft = pytest.importorskip("peft")
+    model = tuned(peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], init_lora_weights=False))
+    ids = tokens(1, 30)
+    truth = generate(model, ids, stock_cache(model), new_tokens=6)
+    with cache_for(model if whole else model.get_base_model(), tmp_path) as cache:
+        generate(model, ids[:, :20], cache, new_tokens=1)
+        with pytest.raises(ContinuationError, match="token 5 of row 0"):
+            generate(model, ids.index_fill(1, torch.tensor([5]), 4), cache)
+        with failing(model.lm_head, ValueError), pytest.raises(ValueError):
+            model(ids[:, 20:], past_key_values=cache)
+        assert_same(generate(model, ids, cache, new_tokens=6), truth)
+
+
+@contextlib.contextmanager
+def failing(module, error):
+    def fail(*_):
+        raise error
+
+    hook = module.register_forward_hook(fail)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def test_no_id_is_in_a_message(model, tmp_path):

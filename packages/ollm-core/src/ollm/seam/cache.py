@@ -289,8 +289,8 @@ class KVCache(Cache):
         if growing:
             kinds = ", ".join(sorted({self._layer_types[index][0] for index in growing}))
             yield (
-                f"{len(growing)} of {len(self.layers)} layers ({kinds}) keep something of every token in memory, beside "
-                "what goes to the store: state().memory_bytes says how much."
+                f"{len(growing)} of {len(self.layers)} layers ({kinds}) keep something of every token in memory, "
+                "beside what goes to the store: state().memory_bytes says how much."
             )
         elif not self._stored:
             yield (
