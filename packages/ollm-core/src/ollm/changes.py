@@ -66,16 +66,16 @@ class Changes:
         """Take a hook that was just registered off again."""
         self.callback(handle.remove)
 
-    def wrap(self, module: nn.Module, around: Around) -> None:
-        """Put a wrapper around the `forward` of a module, outside of those that are there."""
+    def wrap(self, module: nn.Module, around: Around, name: str = "forward") -> None:
+        """Put a wrapper around a method of a module, outside of those that are there."""
         token = object()
         with _lock:
-            forward = vars(module).get("forward")
+            forward = vars(module).get(name)
             if not isinstance(forward, _Forward):
-                forward = _Forward(module)
+                forward = _Forward(module, name)
             self.callback(_unwrap, weakref.ref(forward), token)
             forward.around[token] = around
-            module.forward = forward
+            setattr(module, name, forward)
 
     def set(self, target: Any, name: str, value: Any) -> None:
         """Give an attribute that `target` has another value. Where several do, the newest that is not undone holds."""
@@ -137,17 +137,17 @@ def is_ours(target: Any, name: str) -> bool:
 
 
 class _Forward:
-    """Stands in for the `forward` of a module while there are wrappers around it.
+    """Stands in for the `forward`, or another method, of a module while there are wrappers around it.
 
     When there are none any more and somebody else has wrapped it, it cannot go; then it does nothing, and goes as soon
     as it is called and is the module's own again.
     """
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, name: str) -> None:
         self.around: dict[object, Around] = {}
-        self._module = module
-        self._before = vars(module).get("forward")
-        self._forward = module.forward
+        self._module, self._name = module, name
+        self._before = vars(module).get(name)
+        self._forward = getattr(module, name)
         functools.update_wrapper(self, self._forward)  # its signature is asked for
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -159,14 +159,14 @@ class _Forward:
         return forward(*args, **kwargs)
 
     def go(self) -> None:
-        """Give the module its own `forward` back, unless somebody has wrapped it again."""
+        """Give the module its own method back, unless somebody has wrapped it again."""
         with _lock:
-            if self.around or vars(self._module).get("forward") is not self:
+            if self.around or vars(self._module).get(self._name) is not self:
                 return
             if self._before is None:
-                del self._module.forward
+                delattr(self._module, self._name)
             else:
-                self._module.forward = self._before
+                setattr(self._module, self._name, self._before)
 
 
 @attrs.define(eq=False)
