@@ -33,7 +33,6 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-    from ollm.changes import Change
     from ollm.kv.state import PrefillProgress
 
 logger = logging.getLogger(__name__)
@@ -64,17 +63,17 @@ def open_cache(plan: CachePlan, model: nn.Module, progress: Callable[[PrefillPro
 
 
 def _open(plan: CachePlan, model: nn.Module) -> KVCache:
-    changes: list[Change] = [functools.partial(watch, model)]
+    switch = None
     if plan.mode == "block":
-        changes.append(functools.partial(switch_on, model, decoder_layers(model) if plan.pieces else ()))
+        switch = functools.partial(switch_on, model, decoder_layers(model) if plan.pieces else ())
     with ExitStack() as undo:
         cache = KVCache(
             decoder_config(model),
             _open_session(plan, undo),
             spill_policy=plan.spill_policy,
             lossless=plan.facts.lossless,
-            blocks=plan.mode == "block",
-            changes=changes,
+            switch_on=switch,
+            changes=[functools.partial(watch, model)],
             mode_reason=plan.mode_reason,
         )
         undo.pop_all()

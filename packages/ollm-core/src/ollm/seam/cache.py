@@ -57,10 +57,10 @@ class KVCache(Cache):
         *,
         spill_policy: str,
         lossless: bool,
-        blocks: bool = False,
-        changes: Sequence[Change] = (),
+        switch_on: Change | None = None,
         mode_reason: str = "",
         origin: KVCache | None = None,
+        changes: Sequence[Change] = (),
     ) -> None:
         """For the decoder `config`; use `ollm.disk_cache` instead of calling this.
 
@@ -68,12 +68,13 @@ class KVCache(Cache):
             config: of the decoder.
             session: over an empty store.
             spill_policy, lossless, mode_reason: for `state()`.
-            blocks: whether it is in block mode.
-            changes: what is done to the model; undone when the cache is closed or dropped.
+            switch_on: for block mode: switches the model to it and returns what undoes that, which is called when the
+                cache is closed or dropped; `None` for tensor mode.
             origin: the cache that this one is a fork of, which does the same to the model.
+            changes: what else is done to the model.
         """
         self._config = config
-        self._blocks: bool = origin._blocks if origin else blocks
+        self._blocks: bool = origin._blocks if origin else switch_on is not None
         self.changes = ChangesFor(self)  # what is done to the model while the cache is open; a fork does the same
         self._mode_reason = mode_reason
         self.piece_tokens: int | None = None
@@ -111,7 +112,7 @@ class KVCache(Cache):
         self._leave.atexit = False  # at exit the store goes as well
         super().__init__(layers=[self._new_layer(index) for index in range(len(self._layer_types))])
         self._attention_layers = [i for i, layer in enumerate(self.layers) if isinstance(layer, CacheLayerMixin)]
-        self.changes.make(*(origin.changes.made if origin else changes))
+        self.changes.make(*(origin.changes.made if origin else (*changes, *([switch_on] if switch_on else ()))))
 
     @property
     def token_ids(self) -> Tensor:
