@@ -50,18 +50,21 @@ def decoder_layers(model: nn.Module) -> Sequence[nn.Module]:
         return ()
 
 
-def try_blocks(model: nn.Module, make_cache: Callable[[], KVCache]) -> BlockVerdict:
+def try_blocks(model: nn.Module, make_cache: Callable[[bool], KVCache]) -> BlockVerdict:
     """Run a few tokens through the model, with stock attention and with blocks; once per model.
 
     Args:
         model: on its device.
-        make_cache: an empty block-mode cache for it, in memory.
+        make_cache: an empty block-mode cache for it, in memory, that has decoder layers take prompts in pieces or not.
+
+    Raises:
+        MemoryError, torch.OutOfMemoryError, OSError, PluginError, StorageError, WeightsError: as `why_not_blocks`.
     """
-    layers = decoder_layers(model)
-    reason = why_not_blocks(model, make_cache, layers)
+    pieces = bool(decoder_layers(model))
+    reason = why_not_blocks(model, make_cache, pieces=pieces)
     if not reason:
-        return BlockVerdict(blocks=True, pieces=bool(layers), reason="a trial gave the same logits as stock attention")
-    if layers and not why_not_blocks(model, make_cache, ()):  # it only takes no pieces
+        return BlockVerdict(blocks=True, pieces=pieces, reason="a trial gave the same logits as stock attention")
+    if pieces and not why_not_blocks(model, make_cache, pieces=False):  # it only takes no pieces
         return BlockVerdict(
             blocks=True,
             pieces=False,

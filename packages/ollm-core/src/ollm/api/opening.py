@@ -53,7 +53,7 @@ def open_cache(plan: CachePlan, model: nn.Module, progress: Callable[[PrefillPro
         PluginError: the store is not what its plugin says.
     """
     if plan.mode is None:
-        plan = plan.decided(try_blocks(model, lambda: open_cache(plan.for_trial(), model)))
+        plan = plan.decided(try_blocks(model, lambda pieces: open_cache(plan.for_trial(pieces=pieces), model)))
     for warning in plan.warnings:
         logger.warning("%s", warning)
     switch = None

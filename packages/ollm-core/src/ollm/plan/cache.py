@@ -24,6 +24,7 @@ from ollm.storage.options import BUFFER_BYTES, WRITE_BUFFERS
 from ollm.units import format_size
 
 _TRIAL_PIECE_TOKENS = 3
+"""Fewer than a trial's prompts have."""
 _FEWEST_PIECE_TOKENS, _MOST_PIECE_TOKENS = 256, 4096
 
 
@@ -134,9 +135,10 @@ class CachePlan:
             raise ConfigurationError(f"mode='block': {self.model.name} cannot attend block by block: {verdict.reason}.")
         return self._in_tensor_mode(f"blocks do not work with this model: {verdict.reason}")
 
-    def for_trial(self) -> CachePlan:
-        """The plan of the cache with which a trial is made: in block mode, in memory, flushing all the time."""
-        verdict = BlockVerdict(blocks=True, pieces=True, reason="on trial")
+    def for_trial(self, *, pieces: bool) -> CachePlan:
+        """The plan of the cache with which a trial is made, in pieces or not: in block mode, in memory, flushing all the
+        time."""
+        verdict = BlockVerdict(blocks=True, pieces=pieces, reason="on trial")
         # its keys and values stay on the device that they come from: nothing is to be staged
         model = attrs.evolve(self.model, device="cpu", verdict=verdict)
         request = CacheRequest(cache_strategy="resident", dense_projection_chunk_rows=_TRIAL_PIECE_TOKENS)
