@@ -15,6 +15,7 @@ from ollm.api.facts import decoder_layers, try_blocks
 from ollm.contracts.kv import KVStore
 from ollm.contracts.strategy import KVBuildContext
 from ollm.errors import PluginError
+from ollm.io.devices import is_accelerator
 from ollm.io.ledger import ledger
 from ollm.kv.session import KVSession
 from ollm.plan import CachePlan
@@ -94,7 +95,7 @@ def _open_session(plan: CachePlan, undo: ExitStack) -> KVSession:
             parameters=cattrs.unstructure(plan.options),
             write_buffers=write_buffers,
             compact_from=compact_from,
-            pinned=device.type == "cuda",
+            pinned=is_accelerator(device),
         )
         undo.callback(made.close)
         return made

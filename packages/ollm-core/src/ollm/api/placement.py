@@ -9,6 +9,7 @@ import torch
 
 from ollm.contracts.offload import Tier
 from ollm.errors import ConfigurationError, DeviceError
+from ollm.io.devices import is_accelerator
 from ollm.io.ledger import ledger
 from ollm.plan.placement import PlacementPlan, PlacementRecord, Room, plan_fit, plan_placement
 from ollm.weights.ring import RING_SLOTS
@@ -45,7 +46,7 @@ class Placer:
             DeviceError: for `gpu` where the model is on a CPU.
             MemoryLimitError: the layers do not fit; nothing was read or changed.
         """
-        if target == "gpu" and self._device.type == "cpu":
+        if target == "gpu" and not is_accelerator(self._device):
             raise DeviceError(
                 "offload_layers_to_gpu: the model is on a CPU. Keep layers in its memory with offload_layers_to_cpu, "
                 "or load the model with device='cuda:0'."
@@ -61,7 +62,7 @@ class Placer:
     def _fit(self) -> None:
         """The device is filled first; on an accelerator, host memory takes what it can of the rest."""
         rooms = {Tier.DEVICE: _room(self._device)}
-        if self._device.type != "cpu":
+        if is_accelerator(self._device):
             rooms[Tier.HOST] = _room(torch.device("cpu"))
         self._carry_out(plan_fit(self._sizes, rooms, slots=RING_SLOTS))
 

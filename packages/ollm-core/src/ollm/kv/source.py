@@ -20,6 +20,7 @@ from ollm.contracts.spill import SpillPlan
 from ollm.errors import StoreContractError
 from ollm.io.buffers import BufferPool
 from ollm.io.device_ring import DeviceRing
+from ollm.io.devices import is_accelerator
 from ollm.io.scheduler import scheduler_of
 from ollm.io.streams import CudaStreams
 from ollm.kv.encoded import EncodedResidency, Scratch
@@ -59,7 +60,7 @@ class BlockSource:
         self._strategy = strategy
         self._device = device
         self._counters = counters
-        staged = device.type == "cuda"
+        staged = is_accelerator(device)
         keep = lossless and not store.in_memory
         host = Residency(Share.even(plan.resident_bytes * keep, len(layers)), device=torch.device("cpu"), staged=staged)
         on_device = Residency(Share.even(plan.resident_bytes_device * keep, len(layers)), device=device)

@@ -136,8 +136,8 @@ class CachePlan:
         return self._in_tensor_mode(f"blocks do not work with this model: {verdict.reason}")
 
     def for_trial(self, *, pieces: bool) -> CachePlan:
-        """The plan of the cache with which a trial is made, in pieces or not: in block mode, in memory, flushing all the
-        time."""
+        """The plan of the cache that a trial is made with: in block mode, in memory, flushing all the time; with prompts
+        in pieces or not."""
         verdict = BlockVerdict(blocks=True, pieces=pieces, reason="on trial")
         # its keys and values stay on the device that they come from: nothing is to be staged
         model = attrs.evolve(self.model, device="cpu", verdict=verdict)
