@@ -13,6 +13,7 @@ from typing import Any
 
 import attrs
 
+from ollm.contracts.options import NoOptions
 from ollm.contracts.spill import KVGeometry, MemorySnapshot, SpillPlan, SpillPolicy
 from ollm.contracts.strategy import BuildContext, KVFacts
 from ollm.errors import ConfigurationError, PluginError
@@ -136,8 +137,8 @@ class CachePlan:
         return self._in_tensor_mode(f"blocks do not work with this model: {verdict.reason}")
 
     def for_trial(self, *, pieces: bool) -> CachePlan:
-        """The plan of the cache that a trial is made with: in block mode, in memory, flushing all the time; with prompts
-        in pieces or not."""
+        """The plan of a cache to try a model with: in block mode, with prompts in pieces or not, in memory, flushing all
+        the time."""
         verdict = BlockVerdict(blocks=True, pieces=pieces, reason="on trial")
         # its keys and values stay on the device that they come from: nothing is to be staged
         model = attrs.evolve(self.model, device="cpu", verdict=verdict)
@@ -199,7 +200,7 @@ def plan_cache(request: CacheRequest, model: ModelFacts, free: MemorySnapshot) -
 
     Raises:
         ConfigurationError: for whatever does not fit together.
-        PluginError: a spill policy answered what it must not.
+        PluginError: a spill policy failed, or answered what it must not.
     """
     names = registry()
     offer = names.get(Kind.KV_STORE, request.cache_strategy)
@@ -245,13 +246,14 @@ def piece_tokens(per_token: int, free_bytes: int) -> int:
 
 def _ask(policy: Offer, geometry: KVGeometry, free: MemorySnapshot, budget: int | None) -> SpillPlan:
     names = registry()
-    built: SpillPolicy = names.build(policy, BuildContext(names.options(policy, {})), SpillPolicy)
-    plan = built.plan(geometry, free, budget)
+    built: SpillPolicy = names.build(policy, BuildContext(NoOptions()), SpillPolicy)
+    with names.blaming(policy, "plan()"):
+        plan = built.plan(geometry, free, budget)
     if not isinstance(plan, SpillPlan) or (
         budget is not None and plan.resident_bytes + plan.resident_bytes_device > budget
     ):
         raise PluginError(
-            f"Spill policy '{names.name_of(policy)}' answered {plan!r}: it must be a SpillPlan within the budget of "
-            f"{budget} bytes."
+            f"{policy.kind.label} '{names.name_of(policy)}': plan() answered {plan!r}: it must be a SpillPlan"
+            + ("." if budget is None else f" within the budget of {budget} bytes.")
         )
     return plan

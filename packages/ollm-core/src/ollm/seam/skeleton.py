@@ -48,6 +48,8 @@ def build_streamed(
         raise CannotStreamError("its weights are quantised")
     if (path / "adapter_config.json").exists():
         raise CannotStreamError("its directory holds an adapter")
+    if device.type not in ("cpu", "cuda"):
+        raise CannotStreamError(f"the device is {device}")
     if type(config) not in AutoModelForCausalLM._model_mapping:
         raise CannotStreamError("it has no causal model")
     model_class = _get_model_class(config, AutoModelForCausalLM._model_mapping)
