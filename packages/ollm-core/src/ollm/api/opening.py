@@ -116,7 +116,8 @@ def _open_session(plan: CachePlan, undo: ExitStack) -> KVSession:
         )
     claims = []
     for purpose, nbytes in (("tails", plan.memory.tails), ("activations", plan.memory.activations)):
-        claim = ledger.try_claim(purpose, nbytes, device)  # so that others plan without it; it is needed all the same
+        # so that others plan without it; it is needed all the same
+        claim = ledger.try_claim(purpose, nbytes, device) if nbytes else None
         if claim is not None:
             undo.callback(claim.release)
             claims.append(claim)

@@ -30,10 +30,7 @@ from ollm.kv.residency import Residency, Share
 from ollm.kv.route import Route, RoutePlanner
 from ollm.kv.state import KVCounters
 from ollm.kv.table import Entries, Entry, take
-from ollm.storage.options import BUFFER_BYTES
-
-_ON_THE_DEVICE = 3
-"""Device buffers: one is being computed with, one is filled, one waits."""
+from ollm.storage.options import BUFFER_BYTES, DEVICE_BUFFERS
 
 Following = Callable[[], Iterable[Entries]]
 """What will be wanted next, layer by layer, as far as one can tell; finite."""
@@ -76,7 +73,7 @@ class BlockSource:
         with ExitStack() as undo:  # until all is made
             if staged:
                 streams = CudaStreams(device)
-                self._ring = DeviceRing("Staging buffers", device, BUFFER_BYTES, streams, count=_ON_THE_DEVICE)
+                self._ring = DeviceRing("Staging buffers", device, BUFFER_BYTES, streams, count=DEVICE_BUFFERS)
                 undo.callback(self._ring.close)
             if not store.in_memory:
                 buffers = BufferPool("Read buffers", plan.read_buffers, BUFFER_BYTES, pinned=staged)
