@@ -172,6 +172,16 @@ def test_a_missing_matplotlib_is_found_before_work(monkeypatch):
     assert 'pip install "ollm-bench[plot]"' in str(result.exception)
 
 
+def run_code(code, monkeypatch, folder):
+    real = subprocess.Popen
+    monkeypatch.setattr(runner.subprocess, "Popen", lambda command, **more: real([sys.executable, "-c", code], **more))
+    (outcome,) = runner.run_cases(
+        BENCHMARK, [Case(kind="static", tokens=10)], GEOMETRY, folder=folder, steps=1, memory_limit=None,
+        progress=lambda *_: None,
+    )  # fmt: skip
+    return outcome
+
+
 @pytest.mark.parametrize(
     ("code", "status", "reason"),
     [
@@ -180,14 +190,27 @@ def test_a_missing_matplotlib_is_found_before_work(monkeypatch):
     ],
 )
 def test_a_case_that_dies_is_listed(monkeypatch, tmp_path, code, status, reason):
-    real = subprocess.Popen
-    monkeypatch.setattr(runner.subprocess, "Popen", lambda command, **more: real([sys.executable, "-c", code], **more))
-    (outcome,) = runner.run_cases(
-        BENCHMARK, [Case(kind="static", tokens=10)], GEOMETRY, folder=tmp_path, steps=1, memory_limit=None,
-        progress=lambda *_: None,
-    )  # fmt: skip
+    outcome = run_code(code, monkeypatch, tmp_path)
     assert outcome.status == status
     assert reason in outcome.reason
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("before", ["", "print('a library speaks')\n"])
+def test_a_long_answer_is_read_whatever_is_printed_before_it(report, before, monkeypatch, tmp_path):
+    """Longer than a pipe holds, while the other end still waits for what is on stderr."""
+    measured = report.outcomes[0].measured
+    measured = attrs.evolve(measured, step_seconds=[0.1] * 100_000)
+    (tmp_path / "answer.json").write_text(json.dumps(cattrs.unstructure(measured)))
+    code = f"import sys; sys.stdin.read()\n{before}print(open({str(tmp_path / 'answer.json')!r}).read())"
+    outcome = run_code(code, monkeypatch, tmp_path)
+    assert (outcome.status, outcome.measured) == ("done", measured)
+
+
+def test_an_answer_that_cannot_be_read_is_listed(monkeypatch, tmp_path):
+    outcome = run_code("import sys; sys.stdin.read(); print('what?')", monkeypatch, tmp_path)
+    assert outcome.status == "failed"
+    assert "its answer cannot be read" in outcome.reason and "what?" in outcome.reason
 
 
 @pytest.mark.timeout(180)

@@ -54,6 +54,19 @@ def test_a_layer_sees_no_more_than_a_piece_and_layers_come_one_after_the_other(m
     assert seen == [(index, rows) for index, _ in mlps for rows in (16, 16, 8)]
 
 
+def test_a_piece_has_so_many_tokens_of_all_rows(model, tmp_path):
+    """Not of each row: a batch would take as many times the memory that is counted for a piece."""
+    seen = []
+    hook = model.get_decoder().layers[0].mlp.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[:2]))
+    with cache_for(model, tmp_path, dense_projection_chunk_rows=16) as cache:
+        model(tokens(4, 10), past_key_values=cache)
+        model(tokens(4, 1), past_key_values=cache)
+    with cache_for(model, tmp_path, dense_projection_chunk_rows=3) as cache:
+        model(tokens(4, 3), past_key_values=cache)
+    hook.remove()
+    assert seen == [(4, 4), (4, 4), (4, 2), (4, 1), *[(4, 1)] * 3]
+
+
 def test_what_a_layer_has_just_stored_is_not_read_back(model, tmp_path):
     with cache_for(model, tmp_path, dense_projection_chunk_rows=8) as cache:
         model(tokens(1, 100), past_key_values=cache)

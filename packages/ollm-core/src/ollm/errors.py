@@ -59,7 +59,7 @@ class CacheDirectoryError(CacheError):
 
 
 class CacheBusyError(CacheError):
-    """Another process owns what was asked for."""
+    """Another process, or another thread, is at work with what was asked for."""
 
 
 class CacheClosedError(CacheError, RuntimeError):
@@ -78,8 +78,19 @@ class BlockModeError(CacheError, RuntimeError):
     """Block-mode keys and values met code that takes tensors; the message names the operation."""
 
 
+class ContinuationError(CacheError, ValueError):
+    """What was passed does not continue what the cache holds, or nothing of it is new; the message names the first
+    position that differs, and what to do."""
+
+
+class CacheNotFilledError(CacheError, RuntimeError):
+    """A forward pass did not put into the cache what it was given: the model used another cache than the one that it
+    was called with, or filled it in part, or twice. The pass was undone."""
+
+
 class InterruptedForwardError(CacheError, RuntimeError):
-    """An earlier forward pass stopped half-way, so the layers disagree on their length; call `reset()`."""
+    """An earlier forward pass stopped half-way and could not be undone, so the layers do not belong together; call
+    `reset()`."""
 
 
 class UnsupportedOperationError(CacheError, NotImplementedError):

@@ -23,6 +23,7 @@ from ollm.registry import registry
 from ollm.seam.cache import KVCache
 from ollm.seam.geometry import decoder_config
 from ollm.seam.mode import switch_on
+from ollm.seam.watch import watch
 from ollm.storage.folder import CacheFolder
 from ollm.storage.options import WRITE_BUFFERS, StorageOptions
 from ollm.storage.segments import SegmentedStorage
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 
     from torch import nn
 
+    from ollm.changes import Change
     from ollm.kv.state import PrefillProgress
 
 logger = logging.getLogger(__name__)
@@ -54,23 +56,30 @@ def open_cache(plan: CachePlan, model: nn.Module, progress: Callable[[PrefillPro
         PluginError: the store is not what its plugin says.
     """
     if plan.mode is None:
-        plan = plan.decided(try_blocks(model, lambda pieces: open_cache(plan.for_trial(pieces=pieces), model)))
-    for warning in plan.warnings:
+        plan = plan.decided(try_blocks(model, lambda pieces: _open(plan.for_trial(pieces=pieces), model)))
+    cache = _open(plan, model)
+    cache.progress = progress
+    for warning in (*plan.warnings, *cache.what_stays_in_memory()):
         logger.warning("%s", warning)
-    switch = None
+    return cache
+
+
+def _open(plan: CachePlan, model: nn.Module) -> KVCache:
+    changes: list[Change] = [functools.partial(watch, model)]
     if plan.mode == "block":
-        switch = functools.partial(switch_on, model, decoder_layers(model) if plan.pieces else ())
+        changes.append(functools.partial(switch_on, model, decoder_layers(model) if plan.pieces else ()))
     with ExitStack() as undo:
         cache = KVCache(
             decoder_config(model),
             _open_session(plan, undo),
             spill_policy=plan.spill_policy,
             lossless=plan.facts.lossless,
-            switch_on=switch,
+            blocks=plan.mode == "block",
+            changes=changes,
             mode_reason=plan.mode_reason,
         )
         undo.pop_all()
-    cache.piece_tokens, cache.progress = (plan.piece_tokens if plan.pieces else None), progress
+    cache.piece_tokens = plan.piece_tokens if plan.pieces else None
     return cache
 
 

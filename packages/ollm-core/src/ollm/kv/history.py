@@ -48,6 +48,7 @@ class LayerHistory:
         self._session = session
         self._layout: KVLayout | None = None
         self._held: _Past | None = None
+        self._before: tuple[Tail, int, int, KVLayout | None] | None = None
 
     @property
     def tokens(self) -> int:
@@ -105,7 +106,7 @@ class LayerHistory:
     def held(self) -> Iterator[None]:
         """Until the end of the `with` block, what is appended stays in memory too, so that it is not read back: for a
         layer that takes a prompt in several pieces, one after the other. After an error the history is what it was,
-        but for what has left a window meanwhile."""
+        unless some of that has left a window meanwhile: then it keeps what was appended."""
         before, self._held = self.tokens, self._past()
         with self._session.table.pinned():
             try:
@@ -137,8 +138,29 @@ class LayerHistory:
         fork.table = self.table.fork(branch)
         return fork
 
+    def begin(self) -> None:
+        """Remember what there is, so that whatever is appended from now on can be undone, until `keep`. Copies nothing.
+        Nothing but `append`, and `crop` to no less than there was, may come in between."""
+        self._before = self.tail, self.tail.tokens, self.rows, self._layout
+        self.table.begin()
+
+    def keep(self) -> None:
+        """What was appended since `begin` stays. Does nothing without it."""
+        self._before = None
+        self.table.keep()
+
+    def undo(self) -> None:
+        """Be what it was at `begin`. Does nothing without it, and can be called again after an interrupt."""
+        if self._before is None:
+            return
+        self.table.undo()
+        tail, tokens, self.rows, self._layout = self._before
+        tail.crop(tokens)
+        self.tail, self._before = tail, None
+
     def close(self) -> None:
         """Give up what it has. May be called twice."""
+        self.keep()
         self.crop(0)
 
     def why_not_crop(self, length: int) -> str | None:

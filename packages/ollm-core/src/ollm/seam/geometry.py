@@ -9,9 +9,7 @@ from transformers.cache_utils import get_layer_types_and_kwargs
 
 from ollm.contracts.spill import KVGeometry, LayerGeometry
 from ollm.errors import ConfigurationError
-
-STORED_LAYER_TYPE = "full_attention"
-"""The only layer type whose keys and values grow without bound, and so the only one that goes to a store."""
+from ollm.seam.layers import is_stored
 
 
 def decoder_config(model: Any) -> Any:
@@ -53,8 +51,8 @@ def layer_types(config: Any) -> list[tuple[str, dict[str, Any]]]:
 
 
 def kv_geometry(config: Any, dtype: torch.dtype) -> KVGeometry:
-    """Expected shapes of the layers whose keys and values go to a store: those with full attention. For planning: what
-    a model really appends decides.
+    """Expected shapes of the layers whose keys and values go to a store: those that attend to every token. For
+    planning: what a model really appends decides.
 
     Args:
         config: transformers' config of a decoder, without parts for images or sound.
@@ -68,7 +66,7 @@ def kv_geometry(config: Any, dtype: torch.dtype) -> KVGeometry:
         tuple(
             _layer_geometry(_of_layer(config, index), index, dtype)
             for index, kind in enumerate(kinds)
-            if kind == STORED_LAYER_TYPE
+            if is_stored(kind)
         )
     )
 

@@ -11,13 +11,15 @@ from typing import Any
 from torch import nn
 
 from ollm.changes import Changes
+from ollm.seam.geometry import without_adapter
 from ollm.stats import Stats
 
 logger = logging.getLogger("ollm")
 
 
 class Meter:
-    """Fills a `Stats` from the forwards of a model, until `remove`."""
+    """Fills a `Stats` from the forwards of a model, until `remove`. Of a model with an adapter those of the base model:
+    PEFT's `generate` passes its own `forward` by."""
 
     def __init__(self, model: nn.Module, stats: Stats) -> None:
         self._stats = stats
@@ -26,6 +28,7 @@ class Meter:
         self._decoding = True
         self._logged = 0
         self._since = stats.totals()
+        model = without_adapter(model)
         with Changes() as changes:
             changes.hook(model.register_forward_pre_hook(self._before, with_kwargs=True))
             changes.hook(model.register_forward_hook(self._after, with_kwargs=True))

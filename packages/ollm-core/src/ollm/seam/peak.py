@@ -24,14 +24,14 @@ def prefill_bytes(config: Any, dtype: Any, tokens: int, piece: int | None) -> in
         config: of the text decoder.
         dtype: of the activations.
         tokens: of all rows of the prompt that go through in one forward pass.
-        piece: how many tokens a layer takes at once (`KVCache.piece_tokens`); `None` for all of them.
+        piece: how many of them a layer takes at once (`KVCache.piece_tokens`); `None` for all of them.
     """
     activations = min(tokens, piece or tokens) * activation_bytes(config, dtype.itemsize)
     return tokens * _bytes_per_token(config, dtype) + activations
 
 
 def longest_prompt(config: Any, dtype: Any, piece: int | None, free_bytes: int) -> int:
-    """How many tokens may go through in one forward pass, given what is free."""
+    """How many tokens, of all rows, may go through in one forward pass, given what is free."""
     budget = free_bytes // _SHARE
     per_token = _bytes_per_token(config, dtype)
     activations = activation_bytes(config, dtype.itemsize)

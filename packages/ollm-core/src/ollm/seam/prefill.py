@@ -40,15 +40,18 @@ class _Pieces:
 
     def take(self, index: int, forward: Callable[..., Any], hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         """The output of layer `index` for all tokens."""
-        tokens = hidden_states.shape[1]
+        rows, tokens = hidden_states.shape[:2]
         cache = next((value for value in (*args, *kwargs.values()) if isinstance(value, KVCache)), None)
         if index == 0:
             self._began = time.perf_counter()
-        if cache is None or tokens == 1 or cache.piece is not None:  # the last: this is a piece
+        # a layer that takes more than `[rows, tokens, hidden]` (several streams at once) has its tokens elsewhere
+        if (
+            cache is None or hidden_states.dim() != 3 or tokens == 1 or cache.piece is not None
+        ):  # the last: it is a piece
             return forward(hidden_states, *args, **kwargs)
         # a mask tensor of queries times keys has no second dimension of tokens, and exists as a whole anyway
         has_mask_tensor = any(isinstance(value, Tensor) and value.dim() == 4 for value in (*args, *kwargs.values()))
-        piece_tokens = tokens if has_mask_tensor else cache.piece_tokens or tokens
+        piece_tokens = tokens if has_mask_tensor else max((cache.piece_tokens or rows * tokens) // rows, 1)
         outputs = []
         try:
             with cache.held(index):
