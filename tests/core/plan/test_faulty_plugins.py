@@ -15,7 +15,9 @@ from ollm.registry import registry
 
 FREE = MemorySnapshot(device_type="cpu", host_total=2**33, host_free=2**32, device_total=2**33, device_free=2**32)
 LAYER = LayerGeometry(layer=0, kv_heads=2, key_size=8, value_size=8, itemsize=4)
-MODEL = ModelFacts(name="M", dtype="float32", device="cpu", geometry=KVGeometry((LAYER,)), activation_bytes=1000)
+MODEL = ModelFacts(
+    name="M", dtype="float32", device="cpu", geometry=KVGeometry((LAYER,)), activation_bytes=1000, prompt_bytes=100
+)
 PLUGIN = """
 from ollm.plugin import ConfigurationError, ModelAdapter, OffloadPlacement, SpillPolicy
 

@@ -30,7 +30,12 @@ FREE = MemorySnapshot(
 GPU = attrs.evolve(FREE, device_type="cuda", device_total=4 * GIB, device_free=2 * GIB)
 LAYERS = tuple(LayerGeometry(layer=index, kv_heads=2, key_size=8, value_size=8, itemsize=4) for index in range(3))
 LLAMA = ModelFacts(
-    name="LlamaForCausalLM", dtype="float32", device="cpu", geometry=KVGeometry(LAYERS), activation_bytes=1000
+    name="LlamaForCausalLM",
+    dtype="float32",
+    device="cpu",
+    geometry=KVGeometry(LAYERS),
+    activation_bytes=1000,
+    prompt_bytes=100,
 )
 YES = BlockVerdict(blocks=True, pieces=True, reason="same logits")
 NO = BlockVerdict(blocks=False, pieces=False, reason="its logits differ")
@@ -67,7 +72,7 @@ import sys
 from ollm.contracts.spill import KVGeometry, MemorySnapshot
 from ollm.plan import CacheRequest, ModelFacts, plan_cache
 free = MemorySnapshot(device_type="cpu", host_total=1, host_free=1, device_total=1, device_free=1)
-model = ModelFacts(name="M", dtype="float32", device="cpu", geometry=KVGeometry(()), activation_bytes=1)
+model = ModelFacts(name="M", dtype="float32", device="cpu", geometry=KVGeometry(()), activation_bytes=1, prompt_bytes=1)
 print(plan_cache(CacheRequest(cache_dir="kv"), model, free))
 assert not {"torch", "transformers"} & sys.modules.keys()
 """

@@ -13,7 +13,7 @@ from ollm.plan import BlockVerdict, ModelFacts
 from ollm.seam.cache import KVCache
 from ollm.seam.geometry import decoder_config, kv_geometry, without_adapter
 from ollm.seam.mode import why_not_blocks
-from ollm.seam.prefill import activation_bytes
+from ollm.seam.prefill import activation_bytes, prompt_bytes
 from ollm.seam.support import check_takes_cache
 
 if TYPE_CHECKING:
@@ -39,6 +39,7 @@ def facts_of_config(config: Any, name: str, dtype: torch.dtype, device: torch.de
         device=str(device),
         geometry=kv_geometry(config, dtype),
         activation_bytes=activation_bytes(config, dtype.itemsize),
+        prompt_bytes=prompt_bytes(config, dtype),
     )
 
 

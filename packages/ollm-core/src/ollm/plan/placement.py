@@ -104,17 +104,20 @@ def plan_placement(target: str, layers_num: int, policy: str, layer_bytes: Seque
     return _plan(target, policy, placement.resolved, layers_num, dict.fromkeys(chosen, tier), layer_bytes)
 
 
-def plan_fit(layer_bytes: Sequence[int], rooms: Mapping[Tier, Room], *, slots: int) -> PlacementPlan:
-    """What fits, where nobody asked: the first tier of `rooms` is filled first, the next takes what it can of the rest.
+def plan_fit(layer_bytes: Sequence[int], *, device: Room, host: Room | None, slots: int) -> PlacementPlan:
+    """What fits, where nobody asked: the device is filled first, the host takes what it can of the rest.
 
     Args:
         layer_bytes: of every layer.
-        rooms: where layers may stay, by tier.
+        device: the memory of the model's device.
+        host: the host's; `None` where that is the same.
         slots: how many layers the others are read into at a time.
     """
     placement = _Placement.named(DEFAULT_POLICY)
     tiers: dict[int, Tier] = {}
-    for tier, room in rooms.items():
+    for tier, room in ((Tier.DEVICE, device), (Tier.HOST, host)):
+        if room is None:
+            continue
         left = [index for index in range(len(layer_bytes)) if index not in tiers]
         sizes = [layer_bytes[index] for index in left]
         chosen = placement.ask(sizes, count=None, budget=fit_budget(sizes, room, slots))
