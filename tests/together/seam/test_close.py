@@ -45,7 +45,7 @@ def test_an_interrupted_close_is_completed(model, tmp_path, workers, nothing_els
     before, truth = look(model), model(IDS, past_key_values=stock_cache(model)).logits
     caches = used(model, tmp_path, forks)
     count = sum(lines_of(cache.close) for cache in caches)
-    for at in places(count):
+    for at in list(places(count))[:: 4 if how == "dropped" else 1]:  # collecting garbage takes long
         caches = used(model, tmp_path, forks)
 
         def close_all(caches=caches):
@@ -59,6 +59,8 @@ def test_an_interrupted_close_is_completed(model, tmp_path, workers, nothing_els
             del caches, close_all
             if how == "dropped":
                 gc.collect()
+                for thread in workers():  # one that still reads holds what it reads from
+                    thread.join(30)
         assert list(tmp_path.iterdir()) == [], where
         assert look(model) == before, where
         assert nothing_else() == [], where
@@ -67,7 +69,7 @@ def test_an_interrupted_close_is_completed(model, tmp_path, workers, nothing_els
 
 
 @pytest.mark.parametrize("gone", [1, 3])
-def test_caches_that_are_dropped_give_their_claims_back(model, tmp_path, nothing_else, gone):
+def test_caches_that_are_dropped_give_their_claims_back(model, tmp_path, nothing_else, workers, gone):
     """And forks with them, in any order."""
     for _ in range(5):
         caches = used(model, tmp_path, 3)
@@ -76,6 +78,8 @@ def test_caches_that_are_dropped_give_their_claims_back(model, tmp_path, nothing
         caches.reverse()
         del caches
     gc.collect()
+    for thread in workers():
+        thread.join(30)
     assert nothing_else() == []
     assert list(tmp_path.iterdir()) == []
 
