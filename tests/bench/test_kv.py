@@ -114,7 +114,7 @@ def test_a_picture(report, tmp_path):
         (["--head-dim", "7"], "--head-dim 7: rotary positions need an even number"),
         (["--dtype", "int8"], "--dtype int8: choose one of float32, bfloat16, float16"),
         (["--steps", "0"], "--steps 0: give 1 or more"),
-        (["--ram-budget", "lots"], "--ram-budget='lots' is not a size"),
+        (["--ram-budget", "lots"], "ram_budget='lots' is not a size"),
         (["--memory-limit", "lots"], "--memory-limit='lots' is not a size"),
         (["--cache-dir", "missing"], "--cache-dir missing: there is no such folder"),
         (["--json", "missing/out.json"], "--json missing/out.json: name a file in a folder that exists"),
@@ -131,6 +131,32 @@ def test_every_argument_is_checked_before_work(arguments, message, monkeypatch, 
     assert isinstance(result.exception, ConfigurationError), result.output
     assert message in str(result.exception)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("toml", "variable", "arguments", "budget"),
+    [
+        ("", None, [], None),
+        ('ram_budget = "1MiB"', None, [], 2**20),
+        ('ram_budget = "1MiB"', "2MiB", [], 2**21),
+        ('ram_budget = "1MiB"', "2MiB", ["--ram-budget", "0"], 0),
+    ],
+)
+def test_a_budget_is_written_down_where_those_of_caches_are(toml, variable, arguments, budget, monkeypatch, tmp_path):
+    (tmp_path / "ollm.toml").write_text(toml)
+    monkeypatch.chdir(tmp_path)
+    if variable is not None:
+        monkeypatch.setenv("OLLM_RAM_BUDGET", variable)
+    asked = []
+
+    def note(benchmark, cases, geometry, **more):
+        asked.extend(case.ram_budget for case in cases if case.strategy)
+        raise ConfigurationError("enough")
+
+    monkeypatch.setattr(running, "run_cases", note)
+    result = CliRunner().invoke(app, ["bench", "kv", *TINY, "--strategies", "chunked", *arguments])
+    assert str(result.exception) == "enough"
+    assert len(asked) == 3 if budget is None else asked == [budget]
 
 
 def test_an_unknown_strategy_is_the_registrys_own_error():

@@ -81,6 +81,22 @@ def test_a_read_that_fails_in_the_middle_of_a_generation(original, expected, mon
     assert torch.equal(generate(o), expected)
 
 
+def test_of_a_placement_that_cannot_be_read_the_truth_is_recorded(original, expected, monkeypatch):
+    o = streamed(original)
+    o.offload_layers_to_cpu(4, policy="prefix")
+    disk = FaultyDisk(fails(errno.EIO), 0, lasting=True, only=frozenset({"pread_into"}))
+    monkeypatch.setattr(shim, "disk", disk)
+    with pytest.raises(WeightsError, match="Cannot read"):
+        o.offload_layers_to_cpu(4, policy="suffix")
+    on_disk = [layer.mlp.up_proj.weight.device.type == "meta" for layer in o.model.model.layers]
+    assert o.placement.tiers == tuple("disk" if gone else "device" for gone in on_disk) == ("disk",) * 8
+    assert (o.placement.resident_bytes, o.placement.resolved_policy) == (0, "prefix")
+    assert o.placement.streamed_bytes == sum(o._streamer.layer_bytes)
+    disk.heal()
+    assert torch.equal(generate(o), expected)
+    assert o.offload_layers_to_cpu(4, policy="suffix").tiers == ("disk",) * 4 + ("device",) * 4
+
+
 def test_reads_that_fail_while_loading(folder, monkeypatch):
     for at in range(12):
         disk = FaultyDisk(fails(errno.EIO), at, only=frozenset({"open", "pread_into", "fstat"}))
@@ -208,7 +224,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_read(original, expected
     with pytest.raises(MemoryLimitError, match=r"7 resident layers.* need .* of memory on cpu, and of 0 B free"):
         o.offload_layers_to_cpu(7)
     assert o.stats.weights.read_bytes - before <= 3 * 2**18  # what was being read ahead
-    assert o.placement is record
+    assert o.placement == record
     monkeypatch.undo()
     assert torch.equal(generate(o), expected)
 

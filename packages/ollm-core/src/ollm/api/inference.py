@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from ollm.api.cache import plan_for
+from ollm.api.facts import facts_of
 from ollm.api.opening import open_cache
 from ollm.api.placement import Placer
 from ollm.api.signature import CacheArguments, Progress, takes
@@ -30,11 +31,10 @@ from ollm.models.directory import check_model_directory
 from ollm.models.references import resolve_reference
 from ollm.plan import CacheRequest
 from ollm.plan.placement import PlacementRecord
+from ollm.plan.prompts import longest_prompt
 from ollm.seam.cache import KVCache
-from ollm.seam.geometry import decoder_config
 from ollm.seam.loading import apply_adapter, load_config, load_model, load_tokenizer
 from ollm.seam.meter import Meter
-from ollm.seam.peak import longest_prompt
 from ollm.seam.prefill import bound_prompts
 from ollm.stats import Stats
 
@@ -103,7 +103,7 @@ class _Native:
         if self.placement is None or not self.placement.streamed_bytes:
             return
         free = ledger.measure(self.device).device_free
-        tokens = longest_prompt(decoder_config(self.model), self.model.dtype, cache.piece_tokens, free)
+        tokens = longest_prompt(facts_of(self.model), cache.piece_tokens, free)
         cache.changes.make(functools.partial(bound_prompts, self.model, tokens))
 
     def offload_layers_to_cpu(self, layers_num: int, policy: str = "auto") -> PlacementRecord:

@@ -2,6 +2,7 @@
 
 The probe runs a few tokens through the model twice, with stock attention and cache and with blocks, and compares the
 logits. Whatever fails or differs, the model runs in tensor mode, which works everywhere. Nothing is decided by name.
+What fails for the moment's reasons, such as memory that is short, is raised: it says nothing of the model.
 """
 
 from __future__ import annotations
@@ -14,35 +15,42 @@ import torch
 from transformers import Cache, DynamicCache
 
 from ollm.changes import Changes
-from ollm.errors import BlockModeError, WeightsError
+from ollm.errors import BlockModeError, PluginError, StorageError, WeightsError
 from ollm.seam import attention
 from ollm.seam.cache import KVCache
 from ollm.seam.geometry import decoder_config, without_adapter
 from ollm.seam.prefill import take_in_pieces
 
 PROBE_TOKENS = (7, 4, 1)
-PROBE_ROWS = 3
-"""A prompt of 7 tokens and a continuation of 4, in pieces of 3, then a single token."""
+"""A prompt and a continuation that are longer than the pieces of a cache on trial, then a single token."""
 _TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}
 _COARSE = 5e-2
 _ATTENTION = "_attn_implementation_internal"
 """Where a config names its attention. Assigning to `_attn_implementation` would change its sub-configs, too."""
 
+_OF_THE_MOMENT = (MemoryError, torch.OutOfMemoryError, OSError, PluginError, StorageError, WeightsError)
+"""What may fail today and work tomorrow, whatever the model."""
+
 _verdicts: weakref.WeakKeyDictionary[Any, dict[bool, str]] = weakref.WeakKeyDictionary()
 
 
-def why_not_blocks(model: Any, make_cache: Callable[[], KVCache], layers: Sequence[Any]) -> str:
+def why_not_blocks(model: Any, make_cache: Callable[[bool], KVCache], *, pieces: bool) -> str:
     """Why a model cannot attend block by block; empty if it can. Tried once per model.
 
     Args:
         model: on its device, in evaluation mode.
-        make_cache: an empty block-mode cache for it, in memory; it is given pieces of `PROBE_ROWS` tokens.
-        layers: if not empty, its decoder layers, which then must be able to take a prompt in pieces, too.
+        make_cache: an empty block-mode cache for it, in memory, which switches the model to block mode while it is
+            open; with the argument `True`, its decoder layers take prompts in pieces as well.
+        pieces: whether to try that, too.
+
+    Raises:
+        MemoryError, torch.OutOfMemoryError, OSError, PluginError, StorageError, WeightsError: the trial could not be
+            made; no verdict is kept.
     """
     verdicts = _verdicts.setdefault(model, {})
-    if bool(layers) not in verdicts:
-        verdicts[bool(layers)] = _probe(model, make_cache, layers)
-    return verdicts[bool(layers)]
+    if pieces not in verdicts:
+        verdicts[pieces] = _probe(model, lambda: make_cache(pieces))
+    return verdicts[pieces]
 
 
 def switch_on(model: Any, layers: Sequence[Any]) -> Callable[[], None]:
@@ -96,22 +104,19 @@ def _configs(model: Any) -> list[Any]:
     return list(found.values())
 
 
-def _probe(model: Any, make_cache: Callable[[], KVCache], layers: Sequence[Any]) -> str:
+def _probe(model: Any, make_cache: Callable[[], KVCache]) -> str:
     try:
         with torch.no_grad():  # not inference_mode: a model may keep what it computes, such as rotary tables
             truth = _run(model, DynamicCache(config=decoder_config(model)))
-            undo = switch_on(model, layers)
-            try:
-                with make_cache() as cache:
-                    cache.piece_tokens = PROBE_ROWS
-                    blocks = _run(model, cache)
-            finally:
-                undo()
-    except WeightsError:  # says nothing of the model
+            with make_cache() as cache:
+                blocks = _run(model, cache)
+    except _OF_THE_MOMENT:
         raise
     except BlockModeError as error:
         return str(error)
     except Exception as error:  # third-party modelling code may fail in any way; the reason is kept and shown
+        if "DefaultCPUAllocator" in str(error):  # torch has no type for a CPU's memory that is used up
+            raise
         return f"{type(error).__name__}: {error}"
     scale, difference = truth.abs().max(), (truth - blocks).abs().max()
     if not difference <= _TOLERANCE.get(model.dtype, _COARSE) * scale:

@@ -20,7 +20,7 @@ from ollm.attention.masks import TileMask
 from ollm.changes import Changes, is_ours
 from ollm.kv.state import PrefillProgress
 from ollm.seam.cache import KVCache
-from ollm.seam.geometry import largest, without_adapter
+from ollm.seam.geometry import kv_geometry, largest, without_adapter
 
 
 def take_in_pieces(layers: Sequence[nn.Module], changes: Changes) -> None:
@@ -127,6 +127,20 @@ def bound_prompts(model: Any, tokens: int) -> Callable[[], None]:
 
 
 _USUAL_HIDDEN_SIZE = 4096
+
+
+_HIDDEN_COPIES = 3
+"""Of the whole prompt's hidden states: what goes into a layer, what came out of it in pieces, and these joined."""
+
+
+def prompt_bytes(config: Any, dtype: torch.dtype) -> int:
+    """About what is kept of every token of a prompt while a layer works through it, piece by piece."""
+    hidden = largest(config, "hidden_size") or _USUAL_HIDDEN_SIZE
+    # keys and values of the layer at work, before and after they are put together for its later pieces
+    kept = max((layer.bytes_per_token for layer in kv_geometry(config, dtype).layers), default=0) * 2
+    head = largest(config, "head_dim") or hidden // (largest(config, "num_attention_heads") or 1)
+    rotary = 2 * head * 4
+    return hidden * dtype.itemsize * _HIDDEN_COPIES + kept + rotary
 
 
 def activation_bytes(config: Any, itemsize: int) -> int:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ollm.io.buffers import aligned_buffer
 from ollm.io.device_ring import DeviceRing
+from ollm.io.devices import is_accelerator
 from ollm.io.ledger import Claim, ledger
 from ollm.io.scheduler import IOScheduler, scheduler_of
 from ollm.io.streams import CudaStreams
@@ -54,7 +55,7 @@ class WeightMemory:
 
     @property
     def on_accelerator(self) -> bool:
-        return self.device.type != "cpu"
+        return is_accelerator(self.device)
 
     @property
     def slot_bytes(self) -> int:
