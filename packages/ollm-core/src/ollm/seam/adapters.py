@@ -37,6 +37,11 @@ _SHARED = ("vblora_vector_bank", ".tinylora_v.", ".unilora_theta_d.")
 _UNUSED = ("layer_replication", "megatron_config")
 """Options that make another model of it, or import modules by name."""
 _PATTERNS = ("target_modules", "exclude_modules", "layers_pattern", "rank_pattern", "alpha_pattern")
+_WRAPPINGS = ("base_layer", "token_adapter", "original_module", "modules_to_save")
+"""What peft puts between a module of the model and its own weight."""
+_SIZES = re.compile(r"(^|_)r$|rank|block", re.IGNORECASE)
+_USUAL_SIZE = 4096
+_USUAL_NAMES = 30
 _MOST_PATTERN = 1000
 _MOST_REPEATS = 4
 _MOST_GROUPS = 8
@@ -76,14 +81,15 @@ def read_adapter(path: Path, config: Any, checkpoint: Checkpoint) -> Adapter:
         raise MissingExtraError("adapter_dir needs PEFT: pip install 'ollm-core[peft]'.") from None
     with refusing(f"peft cannot read the adapter in {path}"):
         settings = _settings(path)
+        tensors = read_shard(path / WEIGHTS)
+        _check_numbers(path, settings, tensors)
         for option in _PATTERNS:
-            _check_patterns(path, option, settings.get(option))
+            _check_patterns(path, option, settings.get(option), len(tensors))
+        for tensor in tensors.values():
+            tensor.check()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of options that a newer peft has: as peft does, they are left out
             peft_config = _config_class(path, settings).from_pretrained(str(path))
-        tensors = read_shard(path / WEIGHTS)
-        for tensor in tensors.values():
-            tensor.check()
     with refusing(f"The adapter in {path} does not fit this model"):
         trial = _Trial(config, checkpoint, tensors)
         trial.inject(peft_config)
@@ -106,7 +112,9 @@ def apply_adapter(model: Any, adapter: Adapter) -> Any:
 
     nbytes = sum(tensor.nbytes for tensor in adapter.tensors.values())
     ledger.check(f"The adapter in {adapter.path}", 2 * nbytes, model.device)  # as it is in the file, and in its place
-    with refusing(f"The adapter in {adapter.path} does not fit this model"):
+    what = f"The adapter in {adapter.path} does not fit this model"
+    with refusing(what), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)  # some kinds draw numbers when they are loaded: the same ones each time
         if adapter.rows is not None:
             model.resize_token_embeddings(adapter.rows, mean_resizing=False)
         return PeftModel.from_pretrained(
@@ -146,30 +154,44 @@ def _config_class(path: Path, settings: Mapping[str, Any]) -> Any:
     return config_class
 
 
-def _check_patterns(path: Path, option: str, value: Any) -> None:
+def _check_patterns(path: Path, option: str, value: Any, tensors: int) -> None:
     """Regular expressions of others may run for years. Those in use are names, or a few of them with `.*` between."""
     patterns = [value] if isinstance(value, str) else list(value) if isinstance(value, (list, dict)) else []
+    if len(patterns) > tensors + _USUAL_NAMES:
+        raise ModelDirectoryError(
+            f"{option} in {path / CONFIG} holds {len(patterns)} names, and the adapter {tensors} tensors."
+        )
     for pattern in patterns:
         if not isinstance(pattern, str) or not _is_quick(pattern):
             raise ModelDirectoryError(
-                f"{option} in {path / CONFIG} holds {brief(pattern)}. ollm takes names of modules, and "
-                f"regular expressions of at most {_MOST_PATTERN} characters with at most {_MOST_REPEATS} repetitions, "
-                "none of a group."
+                f"{option} in {path / CONFIG} holds {brief(pattern)}. ollm takes names of modules, and regular "
+                f"expressions of at most {_MOST_PATTERN} characters with at most {_MOST_REPEATS} repetitions of single "
+                "characters, and groups of names to choose from."
             )
 
 
+def _check_numbers(path: Path, settings: Mapping[str, Any], tensors: Mapping[str, StoredTensor]) -> None:
+    """What is to be made in a size that no tensor of the adapter has would take memory for nothing."""
+    most = max((size for tensor in tensors.values() for size in tensor.shape), default=0)
+    for name, value in settings.items():
+        numbers = value.values() if isinstance(value, dict) else [value]
+        if _SIZES.search(name) and any(
+            isinstance(number, int) and number > max(most, _USUAL_SIZE) for number in numbers
+        ):
+            raise ModelDirectoryError(f"{path / CONFIG} says {name}={brief(value)}, and its largest tensor has {most}.")
+
+
 def _is_quick(pattern: str) -> bool:
-    bare = re.sub(r"\\.|\[\^?\]?[^\]]*\]", "x", pattern)
-    plain = bare.replace("(?:", "(")
-    repeats = len(re.findall(r"[*+?{]\??", plain))
-    return (
-        len(pattern) <= _MOST_PATTERN
-        and repeats <= _MOST_REPEATS
-        and plain.count("(") <= _MOST_GROUPS
-        and "(?" not in plain
-        and not re.search(r"\)[*+?{]", plain)
-        and not re.search(r"\\\d", pattern)
-    )
+    if len(pattern) > _MOST_PATTERN or re.search(r"\\\d", pattern):
+        return False
+    # with one letter for what stands for one character, and for a group of names to choose from
+    rest = re.sub(r"\\.|\[\^?\]?[^\]]*\]", "x", pattern).replace("(?:", "(")
+    if rest.count("(") > _MOST_GROUPS or "(?" in rest or re.search(r"\)[*+?{]", rest):
+        return False
+    for _ in range(_MOST_GROUPS):
+        rest = re.sub(r"\([\w-]*(?:\|[\w-]*)*\)", "x", rest)
+    repeats = [len(re.findall(r"[*+?{]\??", choice)) for choice in rest.split("|")]
+    return max(repeats) <= _MOST_REPEATS and not re.search(r"\([^()]*\|", rest)
 
 
 def _why_whole(config: Any, tensors: Iterable[str]) -> str:
@@ -195,7 +217,7 @@ class _Trial:
         self.rows: int | None = None
         self._tensors = tensors
         with sizes.no_more_modules_than_tensors(checkpoint), torch.device("meta"):
-            self._model: Any = AutoModelForCausalLM.from_config(config)
+            self._model: Any = AutoModelForCausalLM.from_config(copy.deepcopy(config))
             names = {id(module): name for name, module in self._model.named_modules()}
             ends = self._model.get_input_embeddings(), self._model.get_output_embeddings()
             self._embeddings = {names[id(end)]: end for end in ends if id(end) in names}
@@ -206,11 +228,9 @@ class _Trial:
 
     def _resize(self) -> None:
         """Have as many embeddings as the adapter, which holds all of them where training made them more."""
+        ends = {f"{name}.weight" for name in self._embeddings}
         stored = {
-            tensor.shape[0]
-            for name in self._embeddings
-            for tensor in [self._tensors.get(f"{_PREFIX}{name}.weight")]
-            if tensor is not None and tensor.shape
+            tensor.shape[0] for name, tensor in self._tensors.items() if _base_name(name) in ends and tensor.shape
         }
         now = self._model.get_input_embeddings().weight.shape[0]
         if len(stored) == 1 and stored != {now}:
@@ -224,7 +244,7 @@ class _Trial:
         from peft.utils import set_peft_model_state_dict
 
         settings = _without_init(peft_config)
-        with warnings.catch_warnings(), torch.device("meta"):
+        with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             tuned = PeftModelForCausalLM(self._model, settings, _OWN_NAME, low_cpu_mem_usage=True)
             stated = {
@@ -240,9 +260,16 @@ class _Trial:
             if prefix in name and _OWN_NAME in name and not any(part in name for part in _SHARED)
         ]
         missing += [name for name in own if name.endswith("bias") and name not in self._tensors]
-        missing += [f"{name}.weight" for name in self._grown() if f"{_PREFIX}{name}.weight" not in self._tensors]
+        there = set(map(_base_name, self._tensors))
+        missing += [f"{name}.weight" for name in self._grown() if f"{name}.weight" not in there]
+        # of what is replaced as a whole and has grown, peft writes a copy that it does not read
+        unexpected = [
+            name
+            for name in result.unexpected_keys
+            if _PREFIX + _base_name(name) not in self._tensors or ".modules_to_save." not in name
+        ]
         self.wrong += [f"{brief(name)} is in its config, and not in its file" for name in sorted(missing)]
-        self.wrong += [f"{brief(name)} is in its file, and has no place" for name in sorted(result.unexpected_keys)]
+        self.wrong += [f"{brief(name)} is in its file, and has no place" for name in sorted(unexpected)]
         self.wrong += [f"{brief(name)} would overwrite the model's own" for name in self._overwritten(peft_config)]
 
     def _grown(self) -> Iterator[str]:
@@ -257,7 +284,7 @@ class _Trial:
         with_bias = getattr(config, "bias", "none") != "none"
         found = []
         for name in sorted(self._tensors):
-            base = name.removeprefix(_PREFIX).replace(".base_layer.", ".")
+            base = _base_name(name)
             module = base.rpartition(".")[0]
             spoken_of = (
                 any(part in f".{base}" for part in saved)
@@ -267,6 +294,11 @@ class _Trial:
             if base in self._base and not spoken_of:
                 found.append(name)
         return found
+
+
+def _base_name(name: str) -> str:
+    """What a tensor of an adapter would be called in the model without it, if it is there."""
+    return ".".join(part for part in name.removeprefix(_PREFIX).split(".") if part not in _WRAPPINGS)
 
 
 def _without_init(peft_config: Any) -> Any:

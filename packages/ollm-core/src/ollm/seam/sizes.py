@@ -48,7 +48,7 @@ def check_numbers(config: Mapping[str, Any], checkpoint: Checkpoint) -> None:
     for name, number in _counts(config):
         if number > most:
             raise ModelDirectoryError(
-                f"The config says {brief(name)}={brief(number)}, and the checkpoint holds {len(checkpoint.tensors)} "
+                f"The config says {name[:80]}={brief(number)}, and the checkpoint holds {len(checkpoint.tensors)} "
                 f"tensors with at most {longest} numbers in a row: they do not belong together. Get the model again."
             )
 
