@@ -1,4 +1,4 @@
-"""PEFT adapters: every kind that changes what layers compute gives what peft gives, and what does not fit is refused."""
+"""PEFT adapters: a kind that changes what layers compute gives what peft gives; what does not fit is refused."""
 
 from __future__ import annotations
 
@@ -12,17 +12,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ollm.errors import ModelDirectoryError
 from ollm.seam.adapters import _is_quick
-from ollm.testing import depth
+from ollm.testing.case import depth
 from together.streamed_models import load, save_checkpoint, stock
 from together.tiny_models import make_model
 
 peft = pytest.importorskip("peft")
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::UserWarning:peft.*"),
-    pytest.mark.filterwarnings("ignore::peft.import_utils.PeftWarning")
-    if hasattr(peft.import_utils, "PeftWarning")
-    else pytest.mark.filterwarnings("default"),
-]
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:peft.*")
 IDS = torch.arange(3, 23).reshape(2, 10)
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 ATTENTION = ["q_proj", "v_proj"]
@@ -90,7 +85,9 @@ def train(model, config, folder):
 
 
 @torch.inference_mode(False)
-def by_peft(model, folder):
+def by_peft(model, folder, rows=None):
+    if rows:
+        model.resize_token_embeddings(rows)
     return peft.PeftModel.from_pretrained(model, str(folder)).eval()
 
 
@@ -117,9 +114,7 @@ def test_a_grown_vocabulary_comes_with_its_tokenizer_and_its_template(model_dir,
     ids = o.tokenizer("w5 new w6 newer", return_tensors="pt")["input_ids"]
     assert ids.tolist() == [[5, 199, 6, 200]]
     assert o.tokenizer.apply_chat_template([{"role": "user", "content": "w7"}], tokenize=False) == "w7 new"
-    truth = stock(model_dir)
-    truth.resize_token_embeddings(201)
-    assert torch.equal(o.model(ids).logits, by_peft(truth, tmp_path / "adapter")(ids).logits)
+    assert torch.equal(o.model(ids).logits, by_peft(stock(model_dir), tmp_path / "adapter", rows=201)(ids).logits)
 
 
 def test_an_adapter_beside_the_weights_is_applied_as_transformers_does(model_dir, tmp_path):
@@ -128,7 +123,7 @@ def test_an_adapter_beside_the_weights_is_applied_as_transformers_does(model_dir
     for name in (CONFIG, WEIGHTS):
         shutil.copy(adapter / name, both / name)
     assert torch.equal(load(both).model(IDS).logits, stock(both)(IDS).logits)
-    with pytest.raises(ModelDirectoryError, match="both holds an adapter beside the model, and adapter_dir=.*another"):
+    with pytest.raises(ModelDirectoryError, match=r"both holds an adapter beside the model, and adapter_dir=.*another"):
         load(both, adapter_dir=adapter)
 
 
@@ -202,7 +197,7 @@ UNFIT = {
     "a bias": (weights(add(f"{LAYER}.base_layer.bias", 64)), r"base_layer\.bias' would overwrite"),
     "a weight": (weights(add(f"{LAYER}.base_layer.weight", 64, 64)), r"base_layer\.weight' would overwrite"),
     "DoRA without magnitudes": (weights(drop("magnitude"), "DoRA"), "lora_magnitude_vector.*not in its file"),
-    "magnitudes without DoRA": (config("DoRA", use_dora=False), "lora_magnitude_vector' is in its file"),
+    "magnitudes without DoRA": (config("DoRA", use_dora=False), "lora_magnitude_vector.weight' is in its file"),
     "DoRA of LoRA": (config(use_dora=True), "lora_magnitude_vector.*not in its file"),
     "fewer targets": (config(target_modules=["q_proj"]), "v_proj.*is in its file, and has no place"),
     "more targets": (config(target_modules=[*ATTENTION, "k_proj"]), "k_proj.*not in its file"),
@@ -268,5 +263,5 @@ def test_an_adapter_is_the_same_at_every_load(model_dir, tmp_path):
     """Also where peft draws numbers for it."""
     train(stock(model_dir), lora(init_lora_weights="pissa_niter_2"), tmp_path)
     first = load(model_dir, adapter_dir=tmp_path).model(IDS).logits
-    for _ in range(max(depth(1), 1)):
+    for _ in range(depth(2)):
         assert torch.equal(load(model_dir, adapter_dir=tmp_path).model(IDS).logits, first)

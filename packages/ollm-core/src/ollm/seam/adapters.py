@@ -148,6 +148,8 @@ def _config_class(path: Path, settings: Mapping[str, Any]) -> Any:
         )
     if task not in (None, "CAUSAL_LM"):
         raise ModelDirectoryError(f"{path / CONFIG} is for the task {brief(task)}; ollm takes adapters for CAUSAL_LM.")
+    if not isinstance(settings.get("init_lora_weights"), (bool, str, type(None))):
+        raise ModelDirectoryError(f"{path / CONFIG} sets init_lora_weights={brief(settings['init_lora_weights'])}.")
     for option in _UNUSED:
         if settings.get(option):
             raise ModelDirectoryError(f"{path / CONFIG} sets {option}, which ollm does not take.")
