@@ -44,10 +44,8 @@ class _Pieces:
         cache = next((value for value in (*args, *kwargs.values()) if isinstance(value, KVCache)), None)
         if index == 0:
             self._began = time.perf_counter()
-        # a layer that takes more than `[rows, tokens, hidden]` (several streams at once) has its tokens elsewhere
-        if (
-            cache is None or hidden_states.dim() != 3 or tokens == 1 or cache.piece is not None
-        ):  # the last: it is a piece
+        # more dimensions: Gemma 3n has several states of each token, whose rows are no tokens; then: this is a piece
+        if cache is None or hidden_states.dim() != 3 or tokens == 1 or cache.piece is not None:
             return forward(hidden_states, *args, **kwargs)
         # a mask tensor of queries times keys has no second dimension of tokens, and exists as a whole anyway
         has_mask_tensor = any(isinstance(value, Tensor) and value.dim() == 4 for value in (*args, *kwargs.values()))
