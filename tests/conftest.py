@@ -35,3 +35,13 @@ def workers(monkeypatch):
     monkeypatch.setattr(scheduler, "_schedulers", {})
     before = set(threading.enumerate())
     return lambda: [thread for thread in set(threading.enumerate()) - before if thread.name.startswith("ollm-io")]
+
+
+@pytest.fixture
+def claims():
+    """`claims()`: what was claimed of memory since the test began; what other tests left in this process, and the
+    garbage collector gives back at any time, is not counted."""
+    from ollm.io.ledger import ledger
+
+    before = list(ledger._claims)
+    return lambda: [claim for claim in ledger._claims if claim not in before]

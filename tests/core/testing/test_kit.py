@@ -41,11 +41,11 @@ def run(arguments, folder):
     """Run pytest in a process of its own; the outcome of every test by class: name, and the failure's text."""
     site, projects, report = folder / "site", folder / "projects", folder / "report.xml"
     bad_plugins.make_site(site)
-    (site / "planted_missing-1.0.dist-info" / "entry_points.txt").unlink()
+    (site / "planted_notinstalled-1.0.dist-info" / "entry_points.txt").unlink()
     bad_plugins.make_projects(projects)
     path = os.pathsep.join([str(site), str(TESTS), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "PYTHONPATH": path, "PLANTED_PROJECTS": str(projects), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", f"--rootdir={TESTS.parent}", f"--junitxml={report}", *arguments]
+    command = [sys.executable, "-m", "pytest", "-q", "--tb=line", f"--rootdir={TESTS.parent}", f"--junitxml={report}", *arguments]
     done = subprocess.run(command, cwd=TESTS.parent, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode in (0, 1), done.stdout + done.stderr
     outcomes = {}

@@ -15,7 +15,6 @@ from ollm.api.facts import facts_of, facts_of_config
 from ollm.api.opening import open_cache
 from ollm.contracts.spill import KVGeometry, LayerGeometry, MemorySnapshot
 from ollm.errors import ConfigurationError
-from ollm.io.ledger import ledger
 from ollm.plan import BlockVerdict, CacheRequest, ModelFacts, plan_cache
 from ollm.plan.cache import piece_tokens
 from ollm.registry import Kind, registry
@@ -90,16 +89,15 @@ def test_a_plan_is_printed_before_a_model_is_loaded(model):
     assert lines["resident host"] == "1.0 GiB"
 
 
-def test_what_it_says_of_memory_and_disk_is_true_of_the_cache(model, tmp_path):
+def test_what_it_says_of_memory_and_disk_is_true_of_the_cache(model, tmp_path, claims):
     made = plan_for(model, CacheRequest.from_arguments(cache_dir=tmp_path, ram_budget=0, spill_policy="write-through"))
-    before = list(ledger._claims)
     tokens = 320
     with open_cache(made, model) as cache, torch.inference_mode():
-        claims = {claim.purpose: claim.nbytes for claim in ledger._claims if claim not in before}
-        assert claims["tails"] == made.memory.tails
-        assert claims["activations"] == made.memory.activations
-        assert claims["Read buffers"] == made.memory.read_buffers
-        assert claims["Write buffers"] == made.memory.write_buffers
+        claimed = {claim.purpose: claim.nbytes for claim in claims()}
+        assert claimed["tails"] == made.memory.tails
+        assert claimed["activations"] == made.memory.activations
+        assert claimed["Read buffers"] == made.memory.read_buffers
+        assert claimed["Write buffers"] == made.memory.write_buffers
         state = cache.state()
         assert state.directory.parent == made.directory
         assert cache.piece_tokens == made.piece_tokens
@@ -179,12 +177,11 @@ def test_a_window_is_planned_with_a_warning_and_not_in_tensor_mode():
         plan(mode="tensor", **arguments)
 
 
-def test_nothing_is_made_by_a_plan(tmp_path, model):
-    before = list(ledger._claims)
+def test_nothing_is_made_by_a_plan(tmp_path, model, claims):
     made = plan_for(model, CacheRequest.from_arguments(cache_dir=tmp_path / "kv"))
     assert made.directory == tmp_path / "kv" / "kv_cache_chunked"
     assert list(tmp_path.iterdir()) == []
-    assert ledger._claims == before
+    assert claims() == []
     assert made.geometry == facts_of(model).geometry
     assert len(made.geometry.layers) == decoder_config(model).num_hidden_layers
 

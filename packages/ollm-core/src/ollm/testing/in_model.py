@@ -33,11 +33,6 @@ _LOSS = 20
 """How many times a lossy store's tolerance the logits of the tiny model may be off: its layers add up what is lost."""
 
 
-@attrs.frozen
-class _AsItIs:
-    """Any object, where options are expected: what `StoreCase.options` says is used."""
-
-
 class _FlushOften(SpillPolicy):
     """Seven tokens fill a tail, so that short texts use the store."""
 
