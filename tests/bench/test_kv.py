@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import io
 import json
-import os
 import re
 import subprocess
 import sys
@@ -20,6 +19,7 @@ from ollm.cli import app
 from ollm.errors import MissingExtraError, UnknownStrategyError
 from ollm_bench import run as runner
 from ollm_bench.kv.benchmark import BENCHMARK
+from ollm_bench.kv.models import synthetic_geometry
 from ollm_bench.kv.records import Case, Geometry, Measured, Outcome, Report
 from ollm_bench.kv.verdicts import judge
 from ollm_bench.records import Rates, Sample
@@ -157,18 +157,14 @@ def test_a_case_that_dies_is_listed(monkeypatch, tmp_path, code, status, reason)
     assert reason in outcome.reason
 
 
-@pytest.mark.timeout(180)
-def test_a_small_run(tmp_path):
-    """Every process, every file and the JSON, with two steps of a tiny model."""
+def test_a_small_run(in_this_process, tmp_path, monkeypatch):
+    """Every case, every file and the JSON, with two steps of a tiny model."""
+    monkeypatch.chdir(tmp_path)
     command = ["bench", "kv", *TINY, "--strategies", "chunked", "--ram-budget", "0", "--steps", "2", "--json", "r.json"]
-    done = subprocess.run(
-        [sys.executable, "-c", "from ollm.cli import main; main()", *command],
-        cwd=tmp_path, capture_output=True, text=True, check=False,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert "case 4 of 5: chunked, nothing resident, 200 tokens: filling" in done.stderr
-    assert "chunked, nothing" in done.stdout and "\x1b" not in done.stdout + done.stderr
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 0, result.output
+    assert "case 4 of 5: chunked, nothing resident, 200 tokens: filling" in result.stderr
+    assert "chunked, nothing" in result.stdout and "\x1b" not in result.output
     report = cattrs.structure(json.loads((tmp_path / "r.json").read_text()), Report)
     assert [outcome.status for outcome in report.outcomes] == ["done"] * 5
     measured = report.outcomes[-2].measured
@@ -176,4 +172,24 @@ def test_a_small_run(tmp_path):
     # 128 tokens or more are in two layers' records, and reading goes on ahead of a step's end by up to a step
     assert 0 <= measured.bytes_per_step <= 2 * 2 * 202 * 256
     assert len(measured.rates.reads) == 1  # of a file made for it: the cache's own are smaller than one read
-    assert [path.name for path in tmp_path.iterdir()] == ["r.json"]
+    assert {path.name for path in tmp_path.iterdir()} <= {"r.json", "drop_caches"}
+
+
+@pytest.mark.timeout(180)
+def test_a_case_has_a_process_of_its_own(tmp_path):
+    said = []
+    case = Case(kind="strategy", tokens=200, strategy="chunked", residency="nothing", ram_budget=0)
+    geometry = synthetic_geometry(2, 1, 16, "float32")
+    (outcome,) = runner.run_cases(
+        BENCHMARK,
+        [case],
+        geometry,
+        folder=tmp_path,
+        steps=2,
+        memory_limit=None,
+        progress=lambda *what: said.append(what),
+    )
+    assert outcome.status == "done", outcome.reason
+    assert len(outcome.measured.step_seconds) == 2
+    assert (0, case, "loading the model") in said
+    assert list(tmp_path.iterdir()) == []
