@@ -310,6 +310,15 @@ class TestNeverVerifies(StorageCase):
     options = StorageOptions(verify="never", min_free_bytes=0)
 
 
+@caught_by("test_a_text_that_was_dropped_whole_is_followed_by_another", "Bad file descriptor")
+class TestTidiesUpForGood(FileCase):
+    class store_type(FileStore):
+        def free(self, locations):
+            super().free(locations)
+            if not self.used:
+                os.close(self.file())
+
+
 @caught_by("test_any_fault_of_the_disk_is_survived[short]", "the threads of a disk go on")
 class TestDoesNotClose(StorageCase):
     class store_type(SegmentedStore):

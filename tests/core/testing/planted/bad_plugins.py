@@ -16,7 +16,7 @@ PROJECTS = Path(os.environ.get("PLANTED_PROJECTS", "nowhere"))
 _SOUND = """
 import attrs
 
-from ollm.plugin import Command, KVFacts, OffloadPlacement, Strategy, hookimpl, option
+from ollm.plugin import Command, KVFacts, NoOptions, OffloadPlacement, StorageOptions, Strategy, hookimpl, option
 
 ollm_api_version = 1
 
@@ -24,6 +24,11 @@ ollm_api_version = 1
 @attrs.frozen(kw_only=True)
 class Options:
     level: int = option(1, help="How much.", validator=attrs.validators.ge(0))
+
+
+@attrs.frozen(kw_only=True)
+class Trusting(StorageOptions):
+    verify: str = option("never", help="When hashes are checked.")
 
 
 class First(OffloadPlacement):
@@ -54,11 +59,11 @@ def ollm_offload_placements():
 @hookimpl
 def ollm_kv_stores():
     facts = KVFacts(lossless={lossless}, directory={directory}, full_history={full_history})
-    return [Strategy(name="{name}", summary="In memory.", build=build_store, facts=facts)]
+    return [Strategy(name="{name}", summary="In memory.", build=build_store, facts=facts, options={options})]
 """
 _USUAL = {
     "store": "MemoryStore", "argument": "context.window_tokens", "lossless": True, "directory": None,
-    "full_history": True,
+    "full_history": True, "options": "NoOptions",
 }  # fmt: skip
 _PROJECT = """
 [build-system]
@@ -204,6 +209,14 @@ class TestNoDirectory(PluginTests):
 @plugin("test_facts_are_true", "full_history", argument="16")
 class TestHasAWindow(PluginTests):
     """Its facts say that it keeps everything."""
+
+
+@plugin(
+    "test_damage_is_noticed_with_the_default_options", "other keys of .* and no error", store="PlainStore",
+    argument="context.storage()", directory='"kv_cache_trusting"', options="Trusting",
+)  # fmt: skip
+class TestTrustsTheDiskByDefault(PluginTests):
+    """Its options, which are those of storage, say that nothing is checked."""
 
 
 @plugin("test_the_wheel_is_complete", "needs an upper bound", project={"needs": '"ollm-core>=0.1"'})

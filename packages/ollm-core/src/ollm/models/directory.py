@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ollm.errors import ModelDirectoryError
+from ollm.models.references import did_you_mean
 from ollm.weights.checkpoint import INDEX, SINGLE, read_index
 
 CONFIG = "config.json"
@@ -25,7 +26,8 @@ def check_model_directory(path: Path, *, where_from: str = "") -> None:
         ModelDirectoryError: lists everything that is missing, or says what is refused and why.
     """
     if not path.is_dir():
-        raise ModelDirectoryError(f"There is no model directory {path}. {where_from}".strip())
+        meant = did_you_mean(path.name, _beside(path))
+        raise ModelDirectoryError(f"There is no model directory {path}.{meant} {where_from}".strip())
     missing = []
     if not (path / CONFIG).is_file():
         missing.append(CONFIG)
@@ -45,6 +47,14 @@ def weight_files(path: Path) -> list[Path]:
     if (path / INDEX).is_file():
         return [path / name for name in sorted(set(read_index(path).values()))]
     return [path / SINGLE]
+
+
+def _beside(path: Path) -> list[str]:
+    """Names of the folders where it should be."""
+    try:
+        return [other.name for other in path.parent.iterdir() if other.is_dir()]
+    except OSError:
+        return []
 
 
 def _missing_weights(path: Path) -> list[str]:
