@@ -28,6 +28,14 @@ class Layer(nn.Module):
         return x * self.factor * scale
 
 
+@pytest.fixture(autouse=True)
+def settings(monkeypatch):
+    """What is kept of values that were set: only what this test sets."""
+    kept = {}
+    monkeypatch.setattr(changes_module, "_settings", kept)
+    return kept
+
+
 @pytest.fixture(name="layer")
 def make_layer():
     return Layer()
@@ -106,7 +114,7 @@ def test_a_forward_that_somebody_put_in_its_place_stays(layer):
 
 
 @pytest.mark.parametrize("order", list(itertools.permutations(range(3))))
-def test_settings_are_undone_in_any_order_and_the_newest_holds(order):
+def test_settings_are_undone_in_any_order_and_the_newest_holds(order, settings):
     target, users = SimpleNamespace(size=None, other=5), []
     for value in (10, 20, 30):
         users.append(Changes())
@@ -120,7 +128,7 @@ def test_settings_are_undone_in_any_order_and_the_newest_holds(order):
         assert target.size == (left[-1] if left else None)
     assert vars(target) == {"size": None, "other": 5}
     assert not is_ours(target, "size")
-    assert not changes_module._settings
+    assert settings == {}
 
 
 def test_what_somebody_has_set_since_stays():
@@ -154,7 +162,7 @@ def test_objects_that_are_equal_are_two():
         assert not is_ours(two, "size")
 
 
-def test_an_error_in_the_middle_undoes_what_was_done(layer):
+def test_an_error_in_the_middle_undoes_what_was_done(layer, settings):
     target, was = SimpleNamespace(size=None), dict(vars(layer))
     hooks = {name: dict(value) for name, value in vars(layer).items() if "hooks" in name}
     with pytest.raises(AttributeError, match="absent"), Changes() as changes:
@@ -165,7 +173,7 @@ def test_an_error_in_the_middle_undoes_what_was_done(layer):
     assert vars(layer) == was
     assert {name: dict(value) for name, value in vars(layer).items() if "hooks" in name} == hooks
     assert vars(target) == {"size": None}
-    assert not changes_module._settings
+    assert settings == {}
 
 
 def test_an_undo_that_fails_keeps_no_other_from_being_done(layer):

@@ -15,7 +15,6 @@ from ollm.api.facts import facts_of, facts_of_config
 from ollm.api.opening import open_cache
 from ollm.contracts.spill import KVGeometry, LayerGeometry, MemorySnapshot
 from ollm.errors import ConfigurationError
-from ollm.io.ledger import ledger
 from ollm.plan import BlockVerdict, CacheRequest, ModelFacts, plan_cache
 from ollm.plan.cache import piece_tokens
 from ollm.registry import Kind, registry
@@ -95,16 +94,15 @@ def test_a_plan_is_printed_before_a_model_is_loaded(model):
     assert lines["resident host"] == "1.0 GiB"
 
 
-def test_what_it_says_of_memory_and_disk_is_true_of_the_cache(model, tmp_path):
+def test_what_it_says_of_memory_and_disk_is_true_of_the_cache(model, tmp_path, claims):
     made = plan_for(model, CacheRequest.from_arguments(cache_dir=tmp_path, ram_budget=0, spill_policy="write-through"))
-    before = list(ledger._claims)
     tokens = 320
     with open_cache(made, model) as cache, torch.inference_mode():
-        claims = {claim.purpose: claim.nbytes for claim in ledger._claims if claim not in before}
-        assert claims["tails"] == made.memory.tails
-        assert claims["activations"] == made.memory.activations
-        assert claims["Read buffers"] == made.memory.read_buffers
-        assert claims["Write buffers"] == made.memory.write_buffers
+        claimed = {claim.purpose: claim.nbytes for claim in claims()}
+        assert claimed["tails"] == made.memory.tails
+        assert claimed["activations"] == made.memory.activations
+        assert claimed["Read buffers"] == made.memory.read_buffers
+        assert claimed["Write buffers"] == made.memory.write_buffers
         state = cache.state()
         assert state.directory.parent == made.directory
         assert cache.piece_tokens == made.piece_tokens
@@ -119,42 +117,39 @@ def test_what_it_says_of_memory_and_disk_is_true_of_the_cache(model, tmp_path):
 
 
 @pytest.mark.parametrize("strategy", ["chunked", "paged", "quantized-cold-tier", "log-structured-journal"])
-def test_buffers_take_no_more_than_it_says(model, strategy, tmp_path):
+def test_buffers_take_no_more_than_it_says(model, strategy, tmp_path, claims):
     """After all of them were needed: for writing, for reading, for parts of what was cropped, for decoding."""
     request = CacheRequest.from_arguments(
         cache_dir=tmp_path, cache_strategy=strategy, ram_budget=0, spill_policy="write-through"
     )
     made = plan_for(model, request)
-    before = list(ledger._claims)
     with open_cache(made, model) as cache, torch.inference_mode():
         model(torch.arange(300)[None] % 100, past_key_values=cache)
         cache.crop(-293)
         model(torch.arange(50)[None], past_key_values=cache)
-        claims = {}
-        for claim in ledger._claims:
-            if claim not in before:
-                claims[claim.purpose] = claims.get(claim.purpose, 0) + claim.nbytes
+        claimed = {}
+        for claim in claims():
+            claimed[claim.purpose] = claimed.get(claim.purpose, 0) + claim.nbytes
         buffers = cache.state().buffer_bytes
     memory = made.memory
-    assert claims.pop("tails") == memory.tails
-    assert claims.pop("activations") == memory.activations
-    assert claims.pop("Read buffers") == memory.read_buffers
-    assert claims.pop("Write buffers") == memory.write_buffers
-    assert claims.pop("Buffers for parts of extents", 0) <= memory.part_buffers
-    assert claims.pop("a decoded block", 0) <= memory.decoding
-    assert not claims
+    assert claimed.pop("tails") == memory.tails
+    assert claimed.pop("activations") == memory.activations
+    assert claimed.pop("Read buffers") == memory.read_buffers
+    assert claimed.pop("Write buffers") == memory.write_buffers
+    assert claimed.pop("Buffers for parts of extents", 0) <= memory.part_buffers
+    assert claimed.pop("a decoded block", 0) <= memory.decoding
+    assert not claimed
     assert buffers <= memory.read_buffers + memory.write_buffers + memory.part_buffers + memory.decoding
 
 
-def test_in_tensor_mode_it_says_what_a_layer_takes_of_a_context(model, tmp_path):
+def test_in_tensor_mode_it_says_what_a_layer_takes_of_a_context(model, tmp_path, claims):
     made = plan_for(model, CacheRequest.from_arguments(cache_dir=tmp_path, mode="tensor"))
     assert (made.memory.activations, made.prompt_bytes_per_token) == (0, made.model.activation_bytes)
     text = str(made)
     assert "whole in each layer, about " in text
     assert "tokens at once" not in text
-    before = list(ledger._claims)
     with open_cache(made, model) as cache, torch.inference_mode():
-        assert "activations" not in [claim.purpose for claim in ledger._claims if claim not in before]
+        assert "activations" not in [claim.purpose for claim in claims()]
         keys, values = torch.randn(2, 1, 2, 100, 16)
         cache.update(keys[:, :, :60], values[:, :, :60], 0)
         given = cache.update(keys[:, :, 60:], values[:, :, 60:], 0)
@@ -262,12 +257,11 @@ def test_a_window_is_planned_with_a_warning_and_not_in_tensor_mode():
         plan(mode="tensor", **arguments)
 
 
-def test_nothing_is_made_by_a_plan(tmp_path, model):
-    before = list(ledger._claims)
+def test_nothing_is_made_by_a_plan(tmp_path, model, claims):
     made = plan_for(model, CacheRequest.from_arguments(cache_dir=tmp_path / "kv"))
     assert made.directory == tmp_path / "kv" / "kv_cache_chunked"
     assert list(tmp_path.iterdir()) == []
-    assert ledger._claims == before
+    assert claims() == []
     assert made.geometry == facts_of(model).geometry
     assert len(made.geometry.layers) == decoder_config(model).num_hidden_layers
 

@@ -213,7 +213,7 @@ def _prefix(rows, heads, queries, keys):
 @pytest.mark.parametrize("make_mask", [create_causal_mask, create_sliding_window_causal_mask])
 @pytest.mark.parametrize(
     "more",
-    [{}, {"or_mask_function": _prefix}, {"block_sequence_ids": torch.tensor([[-1, 0, 0, 0, -1, 1, 1, -1, 2, 2]])}],
+    [{}, {"or_mask_function": _prefix}, {"block_sequence_ids": IMAGES}],
 )
 def test_mask_objects_agree_with_stock_masks_tile_by_tile(model, tmp_path, make_mask, more):
     """Plain, prefix-LM and image-token masks, with padding and a past."""

@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from ollm import AutoInference
 from ollm.api.placement import Placer
 from ollm.contracts.spill import MemorySnapshot
 from ollm.errors import ConfigurationError, DeviceError, MemoryLimitError, ModelDirectoryError, WeightsError
@@ -270,8 +271,6 @@ def test_cpu_and_gpu_offload_together_are_rejected_whichever_comes_first(order):
 @pytest.mark.gpu
 @pytest.mark.parametrize("target", ["cpu", "gpu", None])
 def test_layers_on_an_accelerator_give_the_tokens_of_transformers(original, target):
-    from ollm import AutoInference
-
     o = AutoInference(original, device="cuda:0", logging=False)
     if target is not None:
         getattr(o, f"offload_layers_to_{target}")(3, policy="interleaved")

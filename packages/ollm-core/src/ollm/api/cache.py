@@ -6,6 +6,7 @@ from torch import nn
 
 from ollm.api.facts import facts_of
 from ollm.api.opening import open_cache
+from ollm.api.showing import PrefillLine
 from ollm.api.signature import CacheArguments, Progress, takes
 from ollm.io.devices import resolve_device
 from ollm.io.ledger import ledger
@@ -38,4 +39,4 @@ def disk_cache(model: nn.Module, request: CacheRequest, progress: Progress | Non
         CacheDirectoryError: when the folder cannot be made or is not safe.
         MemoryLimitError: no memory is free for the buffers that reading and writing need.
     """
-    return open_cache(plan_for(model, request), model, progress)
+    return open_cache(plan_for(model, request), model, progress or PrefillLine())

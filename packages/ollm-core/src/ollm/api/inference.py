@@ -22,6 +22,7 @@ from ollm.api.facts import facts_of
 from ollm.api.files import file_get_contents
 from ollm.api.opening import open_cache
 from ollm.api.placement import Placer
+from ollm.api.showing import PrefillLine, show_log
 from ollm.api.signature import CacheArguments, Progress, takes
 from ollm.contracts.models import ModelAdapter
 from ollm.errors import ConfigurationError, ModelDirectoryError, NotLoadedError, OllmError
@@ -78,6 +79,8 @@ class _Native:
         """Name of the model adapter in use."""
         self._dtype = dtype
         self._logging = logging
+        if logging:
+            show_log()
         self._meter: Meter | None = None
         self._placer: Placer | None = None
         self._streamer: WeightStreamer | None = None
@@ -98,10 +101,12 @@ class _Native:
             self._meter.paused() if self._meter else nullcontext(),  # a trial run is not a generation
             self._streamer.standing_in() if self._streamer else nullcontext(),  # and needs no layer's own weights
         ):
-            cache = open_cache(plan_for(self.model, request), self.model, progress)
-        if self._meter is not None:
-            self._meter.flush()
+            cache = open_cache(plan_for(self.model, request), self.model, progress or PrefillLine())
+        meter = self._meter
+        if meter is not None:
+            meter.flush()
             self.stats.caches.append(cache.counters)
+            cache.changes.make(lambda: meter.flush)  # its end is that of a generation
         self._bound_prompts(cache)
         return cache
 
@@ -244,8 +249,9 @@ class Inference(_Native):
 
         Args:
             model_id: an alias such as `llama3-1B-chat`, a directory, or `org/name[@revision]`.
-            device: one device, `cpu` or `cuda:N`.
-            logging: collect `stats` and log one line per generation to the logger `ollm`.
+            device: one device, `cpu` or `cuda:N`, or `auto`: the first CUDA device if there is one, else the CPU.
+            logging: collect `stats` and log one line per generation to the logger `ollm`, which is shown on stderr
+                where the program has set no logging up.
             multimodality: must be `False` in this version.
             dtype: of the weights; the checkpoint's by default.
 

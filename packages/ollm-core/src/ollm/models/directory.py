@@ -13,6 +13,7 @@ import attrs
 
 from ollm.errors import ModelDirectoryError
 from ollm.io import strict_json
+from ollm.models.references import did_you_mean
 from ollm.weights.checkpoint import INDEX, SINGLE, WeightNames, find_weights
 
 CONFIG = "config.json"
@@ -72,7 +73,8 @@ def check_model_directory(path: Path, *, where_from: str = "") -> ModelDirectory
 
 def _check(path: Path, where_from: str) -> ModelDirectory:
     if not path.is_dir():
-        raise ModelDirectoryError(f"There is no model directory {path}. {where_from}".strip())
+        meant = did_you_mean(path.name, _beside(path))
+        raise ModelDirectoryError(f"There is no model directory {path}.{meant} {where_from}".strip())
     check_sizes(path)
     missing, config = [], {}
     if (path / CONFIG).is_file():
@@ -143,6 +145,14 @@ def _chosen(path: Path, config: dict[str, Any]) -> str | None:
     if chosen is not None and not isinstance(chosen, str):
         raise ModelDirectoryError(f"transformers_weights in {path / CONFIG} is no name of a file.")
     return chosen
+
+
+def _beside(path: Path) -> list[str]:
+    """Names of the folders where it should be."""
+    try:
+        return [other.name for other in path.parent.iterdir() if other.is_dir()]
+    except OSError:
+        return []
 
 
 def _missing_weights(path: Path, chosen: str | None) -> list[str]:

@@ -11,6 +11,7 @@ from ollm.contracts.options import NoOptions
 from ollm.contracts.strategy import BuildContext
 from ollm.errors import ConfigurationError, PluginError
 from ollm.registry import Kind, Offer, registry
+from ollm.units import format_size
 
 DEFAULT_POLICY = "fit"
 """What places layers where nobody calls for a placement."""
@@ -59,6 +60,19 @@ class PlacementRecord(_Choice):
     streamed_bytes: int
     """Weights that every forward pass, so every generated token, reads from disk."""
 
+    def __str__(self) -> str:
+        """In a line for people; `repr` has every field."""
+        where = {"device": "where the model computes", "host": "in host memory", "disk": "read from disk"}
+        counts = [f"{count} {where[tier]}" for tier in where if (count := self.tiers.count(tier))]
+        kept = f"; in memory: {_ranges(self.layer_indices)}" if 0 < self.applied_layers < self.total_layers else ""
+        policy = self.requested_policy
+        policy += f" (here {self.resolved_policy})" if self.resolved_policy != policy else ""
+        return (
+            f"{self.total_layers} layers, placed by {policy}: {', '.join(counts) or 'none known'}{kept}. "
+            f"{format_size(self.resident_bytes)} stay in memory, {format_size(self.streamed_bytes)} are read for every "
+            "forward pass."
+        )
+
     @classmethod
     def of(
         cls, plan: PlacementPlan, layer_bytes: Sequence[int], tiers: Sequence[Tier], streamed_bytes: int
@@ -77,6 +91,17 @@ class PlacementRecord(_Choice):
             resident_bytes=sum(size for size, tier in zip(layer_bytes, tiers, strict=True) if tier is not Tier.DISK),
             streamed_bytes=streamed_bytes,
         )
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """`0, 2 to 5, 9`."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and runs[-1][-1] == number - 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ", ".join(f"{run[0]} to {run[-1]}" if len(run) > 1 else f"{run[0]}" for run in runs)
 
 
 @attrs.frozen(kw_only=True)

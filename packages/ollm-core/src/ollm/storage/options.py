@@ -39,7 +39,8 @@ class StorageOptions:
 
     verify: str = option(
         "first",
-        help="Check payload hashes: on every read (always), on the first read of a record (first), or never.",
+        help="Check payload hashes: on every read (always), on the first read of a whole record and on every read of "
+        "parts of one (first), or never.",
         validator=_verify_choice,
     )
     max_disk_bytes: ByteSize | None = option(
