@@ -95,6 +95,11 @@ class KVCache(Cache):
         self.changes.make(*(origin.changes.made if origin else [switch_on] if switch_on else []))
 
     @property
+    def blocks(self) -> bool:
+        """Whether it is in block mode."""
+        return self._blocks
+
+    @property
     def counters(self) -> KVCounters:
         """Bytes and seconds of loading and saving so far; a live object."""
         return self._session.counters

@@ -27,8 +27,8 @@ class Meter:
         self._logged = 0
         self._since = stats.totals()
         with Changes() as changes:
-            changes.hook(model.register_forward_pre_hook(self._before, with_kwargs=True))
-            changes.hook(model.register_forward_hook(self._after, with_kwargs=True))
+            changes.hook(model.register_forward_pre_hook, self._before, with_kwargs=True)
+            changes.hook(model.register_forward_hook, self._after, with_kwargs=True)
             self._changes = changes.pop_all()
 
     def flush(self) -> None:

@@ -18,6 +18,7 @@ from transformers.models.auto.auto_factory import _get_model_class
 from transformers.utils.loading_report import LoadStateDictInfo
 
 from ollm.errors import OllmError
+from ollm.seam.guards import guard
 from ollm.seam.names import CannotStreamError, merged_shape, parameters_of
 from ollm.weights.binding import LayerWeights, Owner
 from ollm.weights.checkpoint import Checkpoint
@@ -64,7 +65,9 @@ def build_streamed(
     model, report = one_off.from_pretrained(path, config=config, **settings)
     model.__class__ = model_class
     _move_buffers(model, device)
-    return model, report, WeightStreamer(step.decoder, step.layers, step.checkpoint, device, path)
+    streamer = WeightStreamer(step.decoder, step.layers, step.checkpoint, device, path)
+    guard(model, streamer)
+    return model, report, streamer
 
 
 class _ReadingStep:

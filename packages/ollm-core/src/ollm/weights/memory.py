@@ -95,6 +95,17 @@ class WeightMemory:
             claim.release()
             raise
 
+    def read_again(self, index: int) -> Tensor:
+        """What the files hold of a layer, for comparison, in memory that nobody keeps.
+
+        Raises:
+            MemoryLimitError: so much is not free.
+            WeightsError: it cannot be read.
+        """
+        layout = self._layouts[index]
+        ledger.check("Weights to compare with", layout.nbytes, HOST)
+        return _read(layout, self._scheduler, self._counters, pinned=False)
+
     def fill(self, number: int, index: int) -> Tensor:
         """Read a layer into a slot, when nothing else reads into slots. Returns the slot.
 
