@@ -38,7 +38,7 @@ class AbsentWeight(nn.Parameter):
     @staticmethod
     def __new__(cls, shape: torch.Size | tuple[int, ...], dtype: torch.dtype, device: torch.device, find: Find) -> Self:
         with torch.inference_mode(False):  # what is made in it may be used in it only
-            self: Self = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+            self: Self = torch.Tensor._make_wrapper_subclass(
                 cls, shape, dtype=dtype, device=device, requires_grad=False
             )
         self._find = find
@@ -58,10 +58,16 @@ class AbsentWeight(nn.Parameter):
             return function(*args, **kwargs)
 
     @classmethod
-    def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]  # torch's stub has no class in it
+        cls, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         if function is torch.ops.aten.detach.default:
             (weight,) = args
             return cls(weight.shape, weight.dtype, weight.device, weight._find)
+        # inference mode hands on operations that are made of others, and perhaps need no numbers, such as `to`
+        found = function.decompose(*args, **(kwargs or {}))
+        if found is not NotImplemented:
+            return found
         args, kwargs = tree_map_only(cls, cls._real, (args, kwargs or {}))
         return function(*args, **kwargs)
 
@@ -71,7 +77,7 @@ class AbsentWeight(nn.Parameter):
     def __reduce_ex__(self, protocol: Any) -> Any:
         return self._real().__reduce_ex__(protocol)  # type: ignore[no-untyped-call]
 
-    def __repr__(self, *, tensor_contents: Any = None) -> Any:
+    def __repr__(self, **_: Any) -> str:  # type: ignore[override]  # torch's stub has no name for the argument
         return f"AbsentWeight({tuple(self.shape)}, {self.dtype}, {self.device}: not in memory)"
 
     def _real(self) -> Tensor:

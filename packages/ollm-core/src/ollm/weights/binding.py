@@ -146,7 +146,8 @@ class Binding:
         key = buffer.data_ptr()
         if key not in self._bound:
             with torch.inference_mode(False):  # what is made in it may be used in it only
-                made = [nn.Parameter(view, requires_grad=False) for view in self.layout.views(buffer)]
+                # each with a counter of its own for changes in place, which views have together
+                made = [nn.Parameter(view.data, requires_grad=False) for view in self.layout.views(buffer)]
             self._annotate(made)
             self._bound[key] = made
         return self._bound[key]
