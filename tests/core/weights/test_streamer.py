@@ -202,7 +202,7 @@ def test_streamed_layers_go_through_device_buffers(streamed, truth, monkeypatch)
     decoder, streamer = streamed
     monkeypatch.setattr(weight_memory.WeightMemory, "on_accelerator", True)
     monkeypatch.setattr(weight_memory, "CudaStreams", lambda device: FakeStreams())
-    monkeypatch.setattr(weight_memory, "_buffer", lambda nbytes, pinned: aligned_buffer(nbytes))
+    monkeypatch.setattr(weight_memory, "aligned_buffer", lambda nbytes, pinned: aligned_buffer(nbytes))
     streamer.place(tiers(1, 4))
     for _ in range(4):
         assert torch.equal(decoder(X), truth(X))

@@ -31,8 +31,14 @@ from ollm.attention.blockwise import Block, Scores, blockwise_attention
 from ollm.attention.masks import MaskFunction, TileMask
 from ollm.errors import BlockModeError
 from ollm.kv.handle import KVHandle
+from ollm.seam.gradients import refuse_gradient
 
 NAME = "ollm_blockwise"
+
+_NO_GRADIENTS = (
+    "Blockwise attention has no dropout and no gradients: call model.eval(), run the model under torch.no_grad(), or "
+    "leave the cache out."
+)
 
 _in_blocks: ContextVar[bool] = ContextVar("ollm_in_blocks", default=False)
 
@@ -97,7 +103,8 @@ def block_attention(
         if stock is not None:
             found: tuple[Tensor, Tensor | None] = stock(module, query, key, value, attention_mask, **settings)
             return found
-    return _block_attention(module, query, key, value, attention_mask, **settings), None
+    output = _block_attention(module, query, key, value, attention_mask, **settings)
+    return refuse_gradient(output, query, BlockModeError(_NO_GRADIENTS)), None
 
 
 def _exchanged(config: Any) -> str | None:
@@ -166,9 +173,7 @@ def _block_attention(
     **_: Any,
 ) -> Tensor:
     if dropout or (module.training and query.requires_grad):
-        raise BlockModeError(
-            "Blockwise attention has no dropout and no gradients: call model.eval() or close the cache."
-        )
+        raise BlockModeError(_NO_GRADIENTS)
     keys = key.tokens if isinstance(key, KVHandle) else key.shape[2]
     mask, bias = _as_tile_mask(module, query, keys, attention_mask, is_causal)
     if isinstance(key, KVHandle) and key.window is not None:

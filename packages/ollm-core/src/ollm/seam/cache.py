@@ -5,7 +5,6 @@ Give it to any `model.generate(past_key_values=cache)`. Made by `ollm.disk_cache
 
 from __future__ import annotations
 
-import copy
 import functools
 import logging
 import weakref
@@ -28,7 +27,7 @@ from ollm.kv.history import LayerHistory
 from ollm.kv.session import KVSession
 from ollm.kv.state import CacheState, KVCounters, PrefillProgress
 from ollm.seam.geometry import STORED_LAYER_TYPE, layer_types
-from ollm.seam.layers import StoredLayer, check_every_layer_has, stock_layer, why_not_croppable
+from ollm.seam.layers import StoredLayer, check_every_layer_has, copy_of, stock_layer, why_not_croppable
 
 logger = logging.getLogger(__name__)
 
@@ -196,7 +195,7 @@ class KVCache(Cache):
         try:
             for index, layer in enumerate(self.layers):
                 if index not in self._stored:
-                    fork.layers[index] = copy.deepcopy(layer)
+                    fork.layers[index] = copy_of(layer)
             if self.get_seq_length():
                 fork.batch_repeat_interleave(n)
         except BaseException:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import nn
@@ -19,11 +19,14 @@ Streamer = weakref.ref[WeightStreamer]
 Model = weakref.ref[nn.Module]
 
 
-def guard(model: nn.Module, streamer: WeightStreamer) -> None:
-    """Until the streamer is removed, refuse with a `WeightsError` what would be done by halves."""
+def guard(models: Iterable[nn.Module], streamer: WeightStreamer) -> None:
+    """Until the streamer is removed, refuse with a `WeightsError` what would be done by halves to one of these models,
+    each of which has all of its layers."""
     guards: dict[str, Callable[..., Any]] = {"save_pretrained": _save, "_apply": _move, "load_state_dict": _load}
-    for name, around in guards.items():
-        streamer.changes.wrap(model, functools.partial(around, weakref.ref(streamer), weakref.ref(model)), name)
+    for model in models:
+        for name in guards.keys() & set(dir(model)):
+            around = functools.partial(guards[name], weakref.ref(streamer), weakref.ref(model))
+            streamer.changes.wrap(model, around, name)
 
 
 def _save(streamer: Streamer, model: Model, save: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -1,10 +1,11 @@
-"""Cache layers for transformers: one over a layer's history, and sliding layers that do not keep the prompt alive.
+"""Cache layers for transformers: one over a layer's history, and stock layers that keep neither a prompt nor a mode.
 
 `_layer_type` stays `None` in all of them: setting it would replace transformers' own layers in the whole process.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,12 +15,15 @@ from transformers.cache_utils import (
     DYNAMIC_LAYER_TYPE_MAPPING,
     CacheLayerMixin,
     DynamicSlidingWindowLayer,
+    LinearAttentionAndFullAttentionLayer,
     LinearAttentionAndSlidingWindowAttentionLayer,
     LinearAttentionCacheLayerMixin,
+    LinearAttentionLayer,
 )
 
 from ollm.errors import ConfigurationError, UnsupportedOperationError
 from ollm.kv.history import LayerHistory
+from ollm.seam.gradients import refuse_gradient
 
 
 class StoredLayer(CacheLayerMixin):
@@ -48,6 +52,13 @@ class StoredLayer(CacheLayerMixin):
             full: tuple[Any, Any] = (handle, handle)
         else:
             full = self.history.gather(key_states, value_states)
+            if self.history.differentiable:
+                error = UnsupportedOperationError(
+                    "Keys and values that a cache keeps have no gradient: run the model under torch.no_grad(), or "
+                    "leave the cache out."
+                )
+                keys, values = full
+                full = refuse_gradient(keys, key_states, error), refuse_gradient(values, value_states, error)
         self.history.append(key_states, value_states)
         return full
 
@@ -101,18 +112,52 @@ class _OwnTail:
         return full
 
 
+class _OwnStates:
+    """Mixed into a layer that changes its states in place: those made in inference mode could be changed in it only."""
+
+    def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
+        with torch.inference_mode(False):
+            super().lazy_initialization(*args, **kwargs)  # type: ignore[misc]
+
+    def reorder_cache(self, beam_idx: Any) -> None:
+        with torch.inference_mode(False), torch.no_grad():
+            super().reorder_cache(beam_idx)  # type: ignore[misc]
+
+
 class SlidingLayer(_OwnTail, DynamicSlidingWindowLayer):
     """transformers' sliding (or chunked) layer, with a tail of its own."""
 
 
-class LinearAndSlidingLayer(_OwnTail, LinearAttentionAndSlidingWindowAttentionLayer):
-    """transformers' layer for linear attention beside sliding attention, with a tail of its own."""
+class LinearLayer(_OwnStates, LinearAttentionLayer):
+    """transformers' layer for linear attention, whose states may be changed in any mode."""
 
 
-_OWN_TAIL = {
+class LinearAndFullLayer(_OwnStates, LinearAttentionAndFullAttentionLayer):
+    """The same, with full attention beside it."""
+
+
+class LinearAndSlidingLayer(_OwnStates, _OwnTail, LinearAttentionAndSlidingWindowAttentionLayer):
+    """The same, with sliding attention beside it, with a tail of its own."""
+
+
+_OURS = {
     DynamicSlidingWindowLayer: SlidingLayer,
+    LinearAttentionLayer: LinearLayer,
+    LinearAttentionAndFullAttentionLayer: LinearAndFullLayer,
     LinearAttentionAndSlidingWindowAttentionLayer: LinearAndSlidingLayer,
 }
+
+
+def copy_of(layer: Any) -> Any:
+    """A stock layer with the same states, each in memory of its own and without a history."""
+    states = [
+        tensor
+        for value in vars(layer).values()
+        for tensor in (value.values() if isinstance(value, dict) else [value])
+        if isinstance(tensor, Tensor)
+    ]
+    with torch.inference_mode(False), torch.no_grad():
+        return copy.deepcopy(layer, {id(state): state.detach().clone() for state in states})
 
 
 def stock_layer(kind: str, arguments: dict[str, Any]) -> Any:
@@ -128,7 +173,7 @@ def stock_layer(kind: str, arguments: dict[str, Any]) -> Any:
             "upgrade transformers, or import the model's code first."
         )
     stock = DYNAMIC_LAYER_TYPE_MAPPING[kind]
-    return _OWN_TAIL.get(stock, stock)(**arguments)
+    return _OURS.get(stock, stock)(**arguments)
 
 
 def why_not_croppable(layer: Any, length: int) -> str | None:

@@ -119,7 +119,8 @@ def _configs(model: Any) -> list[Any]:
 
 def _probe(model: Any, make_cache: Callable[[], KVCache], layers: Sequence[Any]) -> str:
     try:
-        with torch.no_grad():  # not inference_mode: a model may keep what it computes, such as rotary tables
+        # not inference_mode: a model may keep what it computes, such as rotary tables; and in the model's own dtype
+        with torch.no_grad(), torch.autocast(model.device.type, enabled=False):
             truth = _run(model, DynamicCache(config=decoder_config(model)))
             undo = switch_on(model, layers)
             try:

@@ -66,7 +66,7 @@ def build_streamed(
     model.__class__ = model_class
     _move_buffers(model, device)
     streamer = WeightStreamer(step.decoder, step.layers, step.checkpoint, device, path)
-    guard(model, streamer)
+    guard((model, step.decoder), streamer)
     return model, report, streamer
 
 

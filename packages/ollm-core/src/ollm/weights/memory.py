@@ -135,7 +135,7 @@ class WeightMemory:
             self._free_slots()
         elif not self.slots:
             claim = ledger.claim("Slots for streamed weights", RING_SLOTS * self.slot_bytes, HOST)
-            self.slots = [_buffer(self.slot_bytes, pinned=self.on_accelerator) for _ in range(RING_SLOTS)]
+            self.slots = [aligned_buffer(self.slot_bytes, pinned=self.on_accelerator) for _ in range(RING_SLOTS)]
             claim.used = RING_SLOTS * self.slot_bytes
             self._slots_claim = claim
         if self.on_accelerator and self.device_ring is None and any(map(self._is_copied, range(len(self._layouts)))):
@@ -195,7 +195,7 @@ def read_apart(parameters: Sequence[Parameter], device: torch.device) -> Iterato
 
 def _read(layout: WeightLayout, scheduler: IOScheduler, counters: WeightCounters, *, pinned: bool) -> Tensor:
     """A new buffer with everything in it that a layout describes."""
-    buffer = _buffer(layout.nbytes, pinned=pinned)
+    buffer = aligned_buffer(layout.nbytes, pinned=pinned)
     _read_into(buffer, layout, scheduler, counters)
     return buffer
 
@@ -206,8 +206,3 @@ def _read_into(buffer: Tensor, layout: WeightLayout, scheduler: IOScheduler, cou
         ring.take(0)
     finally:
         ring.close()
-
-
-def _buffer(nbytes: int, *, pinned: bool) -> Tensor:
-    with torch.inference_mode(False):  # what is made in it can be written to in it only, and workers are not
-        return aligned_buffer(nbytes, pinned=pinned)
