@@ -60,6 +60,28 @@ def test_a_layer_sees_no_more_than_a_piece_and_layers_come_one_after_the_other(m
     assert seen == [(index, rows) for index in range(len(mlps)) for rows in (16, 16, 8)]
 
 
+def test_a_prompt_is_whole_while_outputs_are_recorded_or_somebody_watches_and_in_pieces_again_afterwards(
+    tmp_path, monkeypatch
+):
+    model, seen = make("mixtral"), []
+    ids = tokens(1, 20) % 98 + 3
+    calling(monkeypatch, model.model.layers[0].mlp, lambda mlp, args: seen.append(args[0].shape[1]))
+
+    def rows(cache, **settings):
+        seen.clear()
+        model(ids, past_key_values=cache, **settings)
+        return seen[: len(seen) // len(model.model.layers)]
+
+    with cache_for(model, tmp_path, dense_projection_chunk_rows=8) as cache:
+        assert rows(cache) == [8, 8, 4]
+        assert rows(cache, output_router_logits=True) == [20]
+        assert rows(cache) == [8, 8, 4], "its hooks are still there"
+        handle = model.model.layers[0].mlp.register_forward_hook(lambda *_: None)
+        assert rows(cache)[0] == 20
+        handle.remove()
+        assert rows(cache) == [8, 8, 4]
+
+
 def test_what_a_layer_has_just_stored_is_not_read_back(model, tmp_path):
     with cache_for(model, tmp_path, dense_projection_chunk_rows=8) as cache:
         model(tokens(1, 100), past_key_values=cache)

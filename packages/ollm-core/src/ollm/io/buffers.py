@@ -22,8 +22,7 @@ _PRIVATE = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MA
 
 @torch.inference_mode(False)  # what is made in it can be written to in it only, and workers are not
 def aligned_buffer(nbytes: int, *, pinned: bool = False) -> Tensor:
-    """A new uint8 tensor of at least `nbytes`, at an aligned address; in huge pages, if it is as large as one. It may be
-    written to in inference mode and outside of it.
+    """A new uint8 tensor of at least `nbytes`, at an aligned address; in huge pages, if it is as large as one.
 
     A disk is told of 512 times fewer places that way: one fills huge pages at 1.35 GB/s and small ones at 0.88
     (benchmarks/results, request-size).

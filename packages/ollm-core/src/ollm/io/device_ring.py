@@ -97,8 +97,7 @@ class DeviceRing:
 
     def _buffer(self, nbytes: int) -> Tensor:
         with torch.inference_mode(False):  # what is made in it can be written to in it only
-            with torch.inference_mode(False):  # what is made in it can be written to in it only
-                return torch.empty(nbytes, dtype=torch.uint8, device=self._device)
+            return torch.empty(nbytes, dtype=torch.uint8, device=self._device)
 
 
 def _aligned_bytes(tensor: Tensor) -> int:
