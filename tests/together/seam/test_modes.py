@@ -170,8 +170,12 @@ def test_gradients_are_refused_not_lost(tmp_path):
         with cache_for(model, tmp_path, mode="auto") as cache:
             assert cache.state().mode == "block"
             with pytest.raises(BlockModeError, match="no gradients"):
-                model(tokens(1, 5), use_cache=False)
+                model(tokens(1, 5), past_key_values=cache)
+            model(tokens(1, 5), use_cache=False).logits.sum().backward()
+            meanwhile = [weight.grad.clone() for weight in model.parameters()]
+        model.zero_grad()
         model(tokens(1, 5), use_cache=False).logits.sum().backward()
+        assert all(map(torch.equal, meanwhile, [weight.grad for weight in model.parameters()]))
 
 
 @pytest.mark.parametrize("causal", [True, False])

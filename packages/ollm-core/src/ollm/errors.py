@@ -128,5 +128,6 @@ class NonFiniteError(StorageError, ValueError):
 
 
 class WeightsError(OllmError, RuntimeError):
-    """Weights that are read while the model runs could not be read, or their files were changed; the message names
-    the file and the tensor."""
+    """Weights that are read while the model runs could not be read, or their files were changed; or they are not in
+    memory where somebody wants to use them, or were changed there and would be lost. The message names the file or the
+    tensor."""

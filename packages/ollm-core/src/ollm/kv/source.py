@@ -154,6 +154,7 @@ class BlockSource:
 
         def out(entry: Entry) -> KVBlock | None:
             whole = entry.row_map is None and entry.extent.visible == entry.extent.key.tokens
+            whole = whole and entry.extent.layout.dtype == keys.dtype
             span = slice(entry.start, entry.stop)
             return KVBlock(keys[:, :, span], values[:, :, span]) if whole else None
 

@@ -5,7 +5,6 @@ Give it to any `model.generate(past_key_values=cache)`. Made by `ollm.disk_cache
 
 from __future__ import annotations
 
-import copy
 import functools
 import threading
 import weakref
@@ -33,6 +32,7 @@ from ollm.kv.state import CacheState, KVCounters, PrefillProgress
 from ollm.seam.geometry import layer_types
 from ollm.seam.layers import (
     check_every_layer_has,
+    copy_of,
     grows,
     is_stored,
     memory_bytes,
@@ -125,6 +125,11 @@ class KVCache(Cache):
     def closed(self) -> bool:
         """Whether `close` was called."""
         return self._closed
+
+    @property
+    def blocks(self) -> bool:
+        """Whether it is in block mode."""
+        return self._blocks
 
     @property
     def counters(self) -> KVCounters:
@@ -276,7 +281,7 @@ class KVCache(Cache):
         try:
             for index, layer in enumerate(self.layers):
                 if index not in self._stored:
-                    fork.layers[index] = copy.deepcopy(layer)
+                    fork.layers[index] = copy_of(layer)
             if self.get_seq_length():
                 fork.batch_repeat_interleave(n)
         except BaseException:

@@ -48,8 +48,8 @@ class Meter:
         weakref.finalize(self, self._log.flush)  # the last one, when the process ends
         model = without_adapter(model)
         with Changes() as changes:
-            changes.hook(model.register_forward_pre_hook(self._before, with_kwargs=True))
-            changes.hook(model.register_forward_hook(self._after, with_kwargs=True))
+            changes.hook(model.register_forward_pre_hook, self._before, with_kwargs=True)
+            changes.hook(model.register_forward_hook, self._after, with_kwargs=True)
             self._changes = changes.pop_all()
 
     def flush(self) -> None:

@@ -2,13 +2,14 @@
 
 Activations are then those of one piece, every weight is visited once, and what a layer has just stored is not read
 back. Nothing of the modelling code is changed: the `forward` of each layer object is wrapped, and unwrapped again (see
-`ollm.changes`).
+`ollm.changes`). A layer in which somebody watches takes the prompt whole, so that he sees what he would see without us.
 """
 
 from __future__ import annotations
 
 import functools
 import time
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,10 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from ollm.attention.masks import TileMask
-from ollm.changes import Changes, is_ours
+from ollm.changes import Changes, beneath, is_our_hook, is_ours
 from ollm.kv.state import PrefillProgress
 from ollm.seam.cache import KVCache
 from ollm.seam.geometry import kv_geometry, largest, without_adapter
+from ollm.seam.recording import is_recorder, records_now
 
 
 def take_in_pieces(layers: Sequence[nn.Module], changes: Changes) -> None:
@@ -28,7 +30,7 @@ def take_in_pieces(layers: Sequence[nn.Module], changes: Changes) -> None:
     through, and those of layers that do so already."""
     pieces = _Pieces(len(layers))
     for index, layer in enumerate(layers):
-        changes.wrap(layer, functools.partial(pieces.take, index))
+        changes.wrap(layer, functools.partial(pieces.take, index, weakref.ref(layer)))
 
 
 class _Pieces:
@@ -38,7 +40,15 @@ class _Pieces:
         self._layers = layers
         self._began = 0.0
 
-    def take(self, index: int, forward: Callable[..., Any], hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def take(
+        self,
+        index: int,
+        layer: weakref.ref[nn.Module],
+        forward: Callable[..., Any],
+        hidden_states: Tensor,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
         """The output of layer `index` for all tokens."""
         rows, tokens = hidden_states.shape[:2]
         cache = next((value for value in (*args, *kwargs.values()) if isinstance(value, KVCache)), None)
@@ -49,7 +59,8 @@ class _Pieces:
             return forward(hidden_states, *args, **kwargs)
         # a mask tensor of queries times keys has no second dimension of tokens, and exists as a whole anyway
         has_mask_tensor = any(isinstance(value, Tensor) and value.dim() == 4 for value in (*args, *kwargs.values()))
-        piece_tokens = tokens if has_mask_tensor else max((cache.piece_tokens or rows * tokens) // rows, 1)
+        whole = has_mask_tensor or _wants_more_outputs(kwargs) or _is_watched(layer())
+        piece_tokens = tokens if whole else max((cache.piece_tokens or rows * tokens) // rows, 1)
         outputs = []
         try:
             with cache.held(index):
@@ -81,6 +92,33 @@ class _Pieces:
 
 def _whole(value: Any) -> Any:
     return value
+
+
+def _wants_more_outputs(kwargs: dict[str, Any]) -> bool:
+    """Whether a layer is asked for outputs of its parts: those of pieces cannot be joined without knowing what they
+    are."""
+    return records_now() or any(value for name, value in kwargs.items() if name.startswith("output_"))
+
+
+def _is_watched(layer: nn.Module | None) -> bool:
+    """Whether somebody sees, or changes, what goes through the parts of a layer, or through the layer beneath us. What
+    hooks on the layer itself are given is whole anyway."""
+    if nn.modules.module._has_any_global_hook():  # type: ignore[no-untyped-call]
+        return True
+    parts = () if layer is None else layer.modules()
+    return any(_has_foreign_forward(part) or (part is not layer and _has_foreign_hook(part)) for part in parts)
+
+
+def _has_foreign_forward(module: nn.Module) -> bool:
+    forward = beneath(module, "forward")
+    if forward is None or getattr(forward, "__func__", None) is type(module).forward:
+        return False
+    return "_hf_hook" not in vars(module)  # accelerate's, which only moves tensors
+
+
+def _has_foreign_hook(module: nn.Module) -> bool:
+    hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
+    return any(not is_our_hook(hook) and not is_recorder(hook) for hook in hooks)
 
 
 @attrs.frozen

@@ -24,6 +24,7 @@ from ollm.contracts.models import ModelParts
 from ollm.errors import ModelDirectoryError, OllmError
 from ollm.io.ledger import ledger
 from ollm.seam import sizes
+from ollm.seam.guards import guard
 from ollm.seam.names import CannotStreamError, merged_shape, parameters_of
 from ollm.weights.binding import LayerWeights, Owner
 from ollm.weights.checkpoint import Checkpoint
@@ -81,7 +82,9 @@ def build(
         return _to(model, device), report, None
     _move_buffers(model, device)
     decoder, layers = step.streamed
-    return model, report, WeightStreamer(decoder, layers, checkpoint, device, path)
+    streamer = WeightStreamer(decoder, layers, checkpoint, device, path)
+    guard((model, decoder), streamer)
+    return model, report, streamer
 
 
 def _why_whole(config: Any, device: torch.device) -> str:

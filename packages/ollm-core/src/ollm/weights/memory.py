@@ -93,6 +93,17 @@ class WeightMemory:
             claim.release()
             raise
 
+    def read_again(self, index: int) -> Tensor:
+        """What the files hold of a layer, for comparison, in memory that nobody keeps.
+
+        Raises:
+            MemoryLimitError: so much is not free.
+            WeightsError: it cannot be read.
+        """
+        layout = self._layouts[index]
+        ledger.check("Weights to compare with", layout.nbytes, HOST)
+        return _read(layout, self._scheduler, self._counters, pinned=False)
+
     def fill(self, number: int, index: int) -> Tensor:
         """Read a layer into a slot, when nothing else reads into slots. Returns the slot.
 
@@ -123,7 +134,7 @@ class WeightMemory:
         elif not self.slots:
             self._slots_claim = ledger.claim("Slots for streamed weights", RING_SLOTS * self.slot_bytes, HOST)
             try:
-                self.slots = [_buffer(self.slot_bytes, pinned=self.on_accelerator) for _ in range(RING_SLOTS)]
+                self.slots = [aligned_buffer(self.slot_bytes, pinned=self.on_accelerator) for _ in range(RING_SLOTS)]
             except BaseException:
                 self._free_slots()
                 raise
@@ -185,7 +196,7 @@ def read_apart(parameters: Sequence[Parameter], device: torch.device) -> Iterato
 
 def _read(layout: WeightLayout, scheduler: IOScheduler, counters: WeightCounters, *, pinned: bool) -> Tensor:
     """A new buffer with everything in it that a layout describes."""
-    buffer = _buffer(layout.nbytes, pinned=pinned)
+    buffer = aligned_buffer(layout.nbytes, pinned=pinned)
     _read_into(buffer, layout, scheduler, counters)
     return buffer
 
@@ -196,8 +207,3 @@ def _read_into(buffer: Tensor, layout: WeightLayout, scheduler: IOScheduler, cou
         ring.take(0)
     finally:
         ring.close()
-
-
-def _buffer(nbytes: int, *, pinned: bool) -> Tensor:
-    with torch.inference_mode(False):  # what is made in it can be written to in it only, and workers are not
-        return aligned_buffer(nbytes, pinned=pinned)
