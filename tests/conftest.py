@@ -52,3 +52,13 @@ def no_new_threads(monkeypatch):
             yield
 
     return refusing
+
+
+@pytest.fixture
+def claims():
+    """`claims()`: what was claimed of memory since the test began; what other tests left in this process, and the
+    garbage collector gives back at any time, is not counted."""
+    from ollm.io.ledger import ledger
+
+    before = list(ledger._claims)
+    return lambda: [claim for claim in ledger._claims if claim not in before]

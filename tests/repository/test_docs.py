@@ -64,10 +64,9 @@ def mentions(text, name):
 
 
 @pytest.fixture
-def clean_process(monkeypatch, docs_folder):
+def clean_process(monkeypatch, docs_folder, shallow):
     """What a page puts on the path, imports, registers or switches on is gone afterwards."""
     monkeypatch.setattr(sys, "path", list(sys.path))
-    monkeypatch.setenv("PYTHONPATH", os.environ.get("PYTHONPATH", ""))
     level = logging.getLogger("ollm").level
     registry.cache_clear()
     yield

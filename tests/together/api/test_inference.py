@@ -124,6 +124,12 @@ def test_bad_arguments_fail_in_the_constructor(arguments, error, message):
         Inference(**{"model_id": ALIAS, "device": "cpu", **arguments})
 
 
+def test_a_device_that_is_there_and_that_we_cannot_copy_to_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    with pytest.raises(DeviceError, match=r"device='mps': .* not supported: use 'cpu' or 'cuda:0'"):
+        Inference(ALIAS, device="mps")
+
+
 def test_nothing_works_before_a_model_is_loaded(tmp_path):
     o = Inference(ALIAS, device="cpu")
     with pytest.raises(NotLoadedError, match=r"DiskCache.*call ini_model"):

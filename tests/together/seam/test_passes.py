@@ -18,6 +18,7 @@ from ollm.errors import (
     ConfigurationError,
     InterruptedForwardError,
     OllmError,
+    UnsupportedOperationError,
 )
 from ollm.io import shim
 from ollm.kv.history import LayerHistory
@@ -348,3 +349,16 @@ def test_layers_that_grow_are_stored_whatever_their_type_is_called(architecture,
         assert state.memory_bytes > 0
         assert state.persisted_tokens > 0
     assert ("keep something of every token in memory" in caplog.text) == (growing == "all")
+
+
+def test_rows_of_keys_are_not_repeated_where_those_of_a_recurrent_state_would_stay(tmp_path):
+    """transformers' layers that have both inherit these operations, and do them for the keys only."""
+    with cache_for(make("falcon_h1"), tmp_path) as cache:
+        for operation in (
+            lambda: cache.batch_repeat_interleave(2),
+            lambda: cache.batch_select_indices(torch.tensor([0])),
+        ):
+            with pytest.raises(UnsupportedOperationError, match="layer 0, a StoredHybridLayer"):
+                operation()
+        with pytest.raises(UnsupportedOperationError):
+            cache.fork(2)

@@ -5,9 +5,23 @@ expect (`ValueError` for a bad argument, `NotImplementedError` for an operation 
 that second base, so that generic handlers go on working.
 """
 
+_MOST_CHARACTERS = 2000
+_LAST_CHARACTERS = 400
+"""Kept of a message that is cut: what to do next stands at its end."""
+
 
 class OllmError(Exception):
-    """Base class of all errors that ollm raises on purpose."""
+    """Base class of all errors that ollm raises on purpose. A message of more than 2,000 characters is cut in its
+    middle: it may repeat what somebody's file says."""
+
+    def __init__(self, *args: object) -> None:
+        super().__init__(*(_cut(argument) if isinstance(argument, str) else argument for argument in args))
+
+
+def _cut(message: str) -> str:
+    if len(message) <= _MOST_CHARACTERS:
+        return message
+    return f"{message[: _MOST_CHARACTERS - _LAST_CHARACTERS - 3]} … {message[-_LAST_CHARACTERS:]}"
 
 
 class ConfigurationError(OllmError, ValueError):
@@ -114,5 +128,6 @@ class NonFiniteError(StorageError, ValueError):
 
 
 class WeightsError(OllmError, RuntimeError):
-    """Weights that are read while the model runs could not be read, or their files were changed; the message names
-    the file and the tensor."""
+    """Weights that are read while the model runs could not be read, or their files were changed; or they are not in
+    memory where somebody wants to use them, or were changed there and would be lost. The message names the file or the
+    tensor."""

@@ -15,6 +15,7 @@ from ollm.api.facts import decoder_layers, try_blocks
 from ollm.contracts.kv import KVStore
 from ollm.contracts.strategy import KVBuildContext
 from ollm.errors import PluginError
+from ollm.io.devices import is_accelerator
 from ollm.io.ledger import ledger
 from ollm.kv.session import KVSession
 from ollm.plan import CachePlan
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-    from ollm.changes import Change
     from ollm.kv.state import PrefillProgress
 
 logger = logging.getLogger(__name__)
@@ -55,29 +55,30 @@ def open_cache(plan: CachePlan, model: nn.Module, progress: Callable[[PrefillPro
         PluginError: the store is not what its plugin says.
     """
     if plan.mode is None:
-        plan = plan.decided(try_blocks(model, lambda: _open(plan.for_trial(), model)))
+        plan = plan.decided(try_blocks(model, lambda pieces: _open(plan.for_trial(pieces=pieces), model)))
     cache = _open(plan, model)
-    cache.piece_tokens, cache.progress = (plan.piece_tokens if plan.pieces else None), progress
+    cache.progress = progress
     for warning in (*plan.warnings, *cache.what_stays_in_memory()):
         logger.warning("%s", warning)
     return cache
 
 
 def _open(plan: CachePlan, model: nn.Module) -> KVCache:
-    changes: list[Change] = [functools.partial(watch, model)]
+    switch = None
     if plan.mode == "block":
-        changes.append(functools.partial(switch_on, model, decoder_layers(model) if plan.pieces else ()))
+        switch = functools.partial(switch_on, model, decoder_layers(model) if plan.pieces else ())
     with ExitStack() as undo:
         cache = KVCache(
             decoder_config(model),
             _open_session(plan, undo),
             spill_policy=plan.spill_policy,
             lossless=plan.facts.lossless,
-            blocks=plan.mode == "block",
-            changes=changes,
+            switch_on=switch,
+            changes=[functools.partial(watch, model)],
             mode_reason=plan.mode_reason,
         )
         undo.pop_all()
+    cache.piece_tokens = plan.piece_tokens if plan.pieces else None
     return cache
 
 
@@ -102,7 +103,7 @@ def _open_session(plan: CachePlan, undo: ExitStack) -> KVSession:
             parameters=cattrs.unstructure(plan.options),
             write_buffers=write_buffers,
             compact_from=compact_from,
-            pinned=device.type == "cuda",
+            pinned=is_accelerator(device),
         )
         undo.callback(made.close)
         return made
@@ -123,7 +124,8 @@ def _open_session(plan: CachePlan, undo: ExitStack) -> KVSession:
         )
     claims = []
     for purpose, nbytes in (("tails", plan.memory.tails), ("activations", plan.memory.activations)):
-        claim = ledger.try_claim(purpose, nbytes, device)  # so that others plan without it; it is needed all the same
+        # so that others plan without it; it is needed all the same
+        claim = ledger.try_claim(purpose, nbytes, device) if nbytes else None
         if claim is not None:
             undo.callback(claim.release)
             claims.append(claim)

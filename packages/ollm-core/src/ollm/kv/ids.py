@@ -70,6 +70,8 @@ class TokenIds:
         """Position and row of the first token of `ids` `[rows, any number]` that is another one than here; `None` if
         there is none, as far as is known."""
         common = min(self.tokens, ids.shape[1])
+        if common == 0:
+            return None
         held = self.ids[:, :common]
         given = ids[:, :common].to(held.device)
         if torch.equal(held, given):

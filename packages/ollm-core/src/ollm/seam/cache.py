@@ -5,7 +5,6 @@ Give it to any `model.generate(past_key_values=cache)`. Made by `ollm.disk_cache
 
 from __future__ import annotations
 
-import copy
 import functools
 import threading
 import weakref
@@ -33,6 +32,7 @@ from ollm.kv.state import CacheState, KVCounters, PrefillProgress
 from ollm.seam.geometry import layer_types
 from ollm.seam.layers import (
     check_every_layer_has,
+    copy_of,
     grows,
     is_stored,
     memory_bytes,
@@ -57,10 +57,10 @@ class KVCache(Cache):
         *,
         spill_policy: str,
         lossless: bool,
-        blocks: bool = False,
-        changes: Sequence[Change] = (),
+        switch_on: Change | None = None,
         mode_reason: str = "",
         origin: KVCache | None = None,
+        changes: Sequence[Change] = (),
     ) -> None:
         """For the decoder `config`; use `ollm.disk_cache` instead of calling this.
 
@@ -68,12 +68,13 @@ class KVCache(Cache):
             config: of the decoder.
             session: over an empty store.
             spill_policy, lossless, mode_reason: for `state()`.
-            blocks: whether it is in block mode.
-            changes: what is done to the model; undone when the cache is closed or dropped.
+            switch_on: for block mode: switches the model to it and returns what undoes that, which is called when the
+                cache is closed or dropped; `None` for tensor mode.
             origin: the cache that this one is a fork of, which does the same to the model.
+            changes: what else is done to the model.
         """
         self._config = config
-        self._blocks: bool = origin._blocks if origin else blocks
+        self._blocks: bool = origin._blocks if origin else switch_on is not None
         self.changes = ChangesFor(self)  # what is done to the model while the cache is open; a fork does the same
         self._mode_reason = mode_reason
         self.piece_tokens: int | None = None
@@ -111,7 +112,7 @@ class KVCache(Cache):
         self._leave.atexit = False  # at exit the store goes as well
         super().__init__(layers=[self._new_layer(index) for index in range(len(self._layer_types))])
         self._attention_layers = [i for i, layer in enumerate(self.layers) if isinstance(layer, CacheLayerMixin)]
-        self.changes.make(*(origin.changes.made if origin else changes))
+        self.changes.make(*(origin.changes.made if origin else (*changes, *([switch_on] if switch_on else ()))))
 
     @property
     def token_ids(self) -> Tensor:
@@ -124,6 +125,11 @@ class KVCache(Cache):
     def closed(self) -> bool:
         """Whether `close` was called."""
         return self._closed
+
+    @property
+    def blocks(self) -> bool:
+        """Whether it is in block mode."""
+        return self._blocks
 
     @property
     def counters(self) -> KVCounters:
@@ -275,7 +281,7 @@ class KVCache(Cache):
         try:
             for index, layer in enumerate(self.layers):
                 if index not in self._stored:
-                    fork.layers[index] = copy.deepcopy(layer)
+                    fork.layers[index] = copy_of(layer)
             if self.get_seq_length():
                 fork.batch_repeat_interleave(n)
         except BaseException:

@@ -1,10 +1,11 @@
-"""Cache layers for transformers: those over a layer's history, and sliding layers that do not keep the prompt alive.
+"""Cache layers for transformers: those over a layer's history, and stock layers that keep neither a prompt nor a mode.
 
 `_layer_type` stays `None` in all of them: setting it would replace transformers' own layers in the whole process.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,6 +25,7 @@ from transformers.cache_utils import (
 
 from ollm.errors import ConfigurationError, UnsupportedOperationError
 from ollm.kv.history import LayerHistory
+from ollm.seam.gradients import refuse_gradient
 
 
 class StoredLayer(DynamicLayer):
@@ -50,6 +52,13 @@ class StoredLayer(DynamicLayer):
             full: tuple[Any, Any] = (handle, handle)
         else:
             full = self.history.gather(key_states, value_states)
+            if self.history.differentiable:
+                error = UnsupportedOperationError(
+                    "Keys and values that a cache keeps have no gradient: run the model under torch.no_grad(), or "
+                    "leave the cache out."
+                )
+                keys, values = full
+                full = refuse_gradient(keys, key_states, error), refuse_gradient(values, value_states, error)
         self.history.append(key_states, value_states)
         return full
 
@@ -98,9 +107,20 @@ class StoredIndexedLayer(DynamicIndexedLayer, StoredLayer):
         self.is_indexer_initialized = False
 
 
-class StoredHybridLayer(LinearAttentionAndFullAttentionLayer, StoredLayer):
-    """The same beside a recurrent state, as in Falcon-H1 and Zamba2. transformers' own layer of that type names the
-    classes of its two halves, so it is said again here."""
+class _OwnStates:
+    """Mixed into a layer that changes its states in place: those made in inference mode could be changed in it only."""
+
+    def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
+        with torch.inference_mode(False):
+            super().lazy_initialization(*args, **kwargs)  # type: ignore[misc]
+
+    def reorder_cache(self, beam_idx: Any) -> None:
+        with torch.inference_mode(False), torch.no_grad():
+            super().reorder_cache(beam_idx)  # type: ignore[misc]
+
+
+class _Hybrid(LinearAttentionAndFullAttentionLayer, StoredLayer):
+    """transformers' own layer of that type names the classes of its two halves, so it is said again here."""
 
     is_croppable = False
 
@@ -134,6 +154,10 @@ class StoredHybridLayer(LinearAttentionAndFullAttentionLayer, StoredLayer):
         StoredLayer.reorder_cache(self, beam_idx)
 
 
+class StoredHybridLayer(_OwnStates, _Hybrid):
+    """A stored layer beside a recurrent state, as in Falcon-H1 and Zamba2."""
+
+
 class _OwnTail:
     """Mixed into a sliding layer: after a long update it keeps its window, not a view into the whole prompt.
 
@@ -154,12 +178,17 @@ class SlidingLayer(_OwnTail, DynamicSlidingWindowLayer):
     """transformers' sliding (or chunked) layer, with a tail of its own."""
 
 
-class LinearAndSlidingLayer(_OwnTail, LinearAttentionAndSlidingWindowAttentionLayer):
-    """transformers' layer for linear attention beside sliding attention, with a tail of its own."""
+class LinearLayer(_OwnStates, LinearAttentionLayer):
+    """transformers' layer for linear attention, whose states may be changed in any mode."""
 
 
-_OWN_TAIL = {
+class LinearAndSlidingLayer(_OwnStates, _OwnTail, LinearAttentionAndSlidingWindowAttentionLayer):
+    """The same, with sliding attention beside it, with a tail of its own."""
+
+
+_OURS = {
     DynamicSlidingWindowLayer: SlidingLayer,
+    LinearAttentionLayer: LinearLayer,
     LinearAttentionAndSlidingWindowAttentionLayer: LinearAndSlidingLayer,
 }
 
@@ -252,6 +281,18 @@ def _copy(state: Tensor, room: Tensor | None) -> Tensor:
         return room.copy_(state)
 
 
+def copy_of(layer: Any) -> Any:
+    """A stock layer with the same states, each in memory of its own and without a history."""
+    states = [
+        tensor
+        for value in vars(layer).values()
+        for tensor in (value.values() if isinstance(value, dict) else [value])
+        if isinstance(tensor, Tensor)
+    ]
+    with torch.inference_mode(False), torch.no_grad():
+        return copy.deepcopy(layer, {id(state): state.detach().clone() for state in states})
+
+
 def stock_layer(kind: str, arguments: dict[str, Any]) -> Any:
     """The layer that keeps transformers' own behaviour for a type that does not go to a store.
 
@@ -265,7 +306,7 @@ def stock_layer(kind: str, arguments: dict[str, Any]) -> Any:
             "upgrade transformers, or import the model's code first."
         )
     stock = DYNAMIC_LAYER_TYPE_MAPPING[kind]
-    return _OWN_TAIL.get(stock, stock)(**arguments)
+    return _OURS.get(stock, stock)(**arguments)
 
 
 def why_not_croppable(layer: Any, length: int) -> str | None:

@@ -39,7 +39,7 @@ class RandomOperationsTests(StoreCase):
         """What was written and not freed is given back, whatever else was done."""
         goes_on = self.can_go_on(tmp_path)
         machine: Any = partial(_StoreMachine, self, goes_on)
-        run_state_machine_as_test(machine, settings=unhurried(max_examples=depth(60)))
+        run_state_machine_as_test(machine, settings=unhurried(max_examples=depth(30)))
 
 
 class _StoreMachine(RuleBasedStateMachine):
