@@ -1,7 +1,7 @@
 """A plugin of pytest for children that run the kit over a store that passes it at depth elsewhere: what repeats itself
-is tried a few times."""
+is tried as often as an author would, but for long programs of random operations."""
 
 from hypothesis import settings
 
-settings.register_profile("shallow", max_examples=10, stateful_step_count=10, deadline=None)
+settings.register_profile("shallow", max_examples=100, stateful_step_count=5, deadline=None)
 settings.load_profile("shallow")

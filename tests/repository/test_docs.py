@@ -29,13 +29,13 @@ from repository.conftest import ROOT
 from repository.docs_pages import blocks, pages
 
 DOCS = ROOT / "docs"
-PAGES = pages(DOCS)
+PAGES = [ROOT / "README.md", *pages(DOCS)]
 HOOKS = [name for name in vars(hookspecs) if name.startswith("ollm_")]
 ERRORS = [name for name, value in vars(ollm.errors).items() if inspect.isclass(value)]
 
 
 def page_name(page):
-    return str(page.relative_to(DOCS))
+    return str(page.relative_to(DOCS if DOCS in page.parents else ROOT))
 
 
 @pytest.fixture(scope="session")
