@@ -1,5 +1,5 @@
-"""A plugin of pytest for children that run the kit over a store that passes it at depth elsewhere: what repeats itself
-is tried as often as an author would, but for long programs of random operations."""
+"""A plugin of pytest for children that run the kit over a store that passes it at depth elsewhere: as often as an
+author would, but with short programs of random operations."""
 
 from hypothesis import settings
 
