@@ -5,6 +5,15 @@ expect (`ValueError` for a bad argument, `NotImplementedError` for an operation 
 that second base, so that generic handlers go on working.
 """
 
+_MOST_SAID = 160
+
+
+def brief(error: BaseException) -> str:
+    """What somebody else's error says, as a part of a message: its first line, cut where it goes on and on."""
+    said = next(iter(str(error).splitlines()), "")
+    said = said if len(said) <= _MOST_SAID else f"{said[:_MOST_SAID].rstrip()} …"
+    return f"{type(error).__name__}: {said}" if said else type(error).__name__
+
 
 class OllmError(Exception):
     """Base class of all errors that ollm raises on purpose."""

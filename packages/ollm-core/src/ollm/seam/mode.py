@@ -14,7 +14,7 @@ import torch
 from transformers import Cache, DynamicCache
 
 from ollm.changes import Changes
-from ollm.errors import BlockModeError, WeightsError
+from ollm.errors import BlockModeError, WeightsError, brief
 from ollm.seam import attention
 from ollm.seam.cache import KVCache
 from ollm.seam.geometry import decoder_config, without_adapter
@@ -108,7 +108,7 @@ def _probe(model: Any, make_cache: Callable[[], KVCache], layers: Sequence[Any])
     except BlockModeError as error:
         return str(error)
     except Exception as error:  # third-party modelling code may fail in any way; the reason is kept and shown
-        return f"{type(error).__name__}: {error}"
+        return brief(error)
     scale, difference = truth.abs().max(), (truth - blocks).abs().max()
     if not difference <= _TOLERANCE.get(model.dtype, _COARSE) * scale:
         return f"its logits differ by {difference:.2g} of {scale:.2g}"
