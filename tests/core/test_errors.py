@@ -6,7 +6,7 @@ import pytest
 
 from ollm.errors import brief
 
-CUDA = "CUDA error: out of memory\nCUDA kernel errors might be reported at some other call. Compile with TORCH_USE_CUDA_DSA"
+CUDA = "CUDA error: out of memory\nCUDA kernel errors might be reported at some other call. Compile with a flag."
 
 
 @pytest.mark.parametrize(

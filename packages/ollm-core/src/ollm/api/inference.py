@@ -97,7 +97,7 @@ class _Native:
         if self._meter is not None:
             self._meter.flush()
             self.stats.caches.append(cache.counters)
-            cache.changes.make(lambda flush=self._meter.flush: flush)  # its end is that of a generation
+            cache.changes.make(functools.partial(_at_the_end, self._meter.flush))  # which ends a generation
         self._bound_prompts(cache)
         return cache
 
@@ -182,6 +182,11 @@ class _Native:
         if self._placer is None:
             raise NotLoadedError(f"{operation}() needs a loaded model: call ini_model() first.")
         return self._placer
+
+
+def _at_the_end(action: Callable[[], None]) -> Callable[[], None]:
+    """A change that does something when it is undone."""
+    return action
 
 
 def _layer_bytes(find_layers: Callable[[nn.Module], Sequence[nn.Module]], model: nn.Module) -> list[int]:

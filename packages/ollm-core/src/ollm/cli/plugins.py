@@ -100,8 +100,10 @@ def _kept(facts: KVFacts) -> str:
 
 
 def _option(info: OptionInfo) -> str:
-    size = info.type.startswith("ByteSize") and isinstance(info.default, int)
-    return f"{info.name} ({info.type}, default {format_size(info.default) if size else info.default}): {info.help}"
+    default = info.default
+    if info.type.startswith("ByteSize") and isinstance(default, int):
+        default = format_size(default)
+    return f"{info.name} ({info.type}, default {default}): {info.help}"
 
 
 def _as_dict(found: Registry, report: PluginReport) -> dict[str, Any]:
