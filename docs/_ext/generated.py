@@ -65,7 +65,7 @@ _PYTHON: dict[str, tuple[str, ...]] = {
         "ollm.kv.state.PrefillProgress",
     ),
     "requests": (
-        "ollm.plan.CacheRequest", "ollm.api.cache.plan_for", "ollm.plan.plan_cache", "ollm.plan.CachePlan",
+        "ollm.CacheRequest", "ollm.api.cache.plan_for", "ollm.plan.plan_cache", "ollm.plan.CachePlan",
         "ollm.plan.cache.CacheMemory", "ollm.plan.ModelFacts", "ollm.plan.BlockVerdict", "ollm.api.facts.facts_of",
         "ollm.api.facts.facts_of_config", "ollm.api.opening.open_cache",
     ),
@@ -73,6 +73,11 @@ _PYTHON: dict[str, tuple[str, ...]] = {
     "helpers": ("ollm.file_get_contents",),
 }  # fmt: skip
 """What people call, and the records that they are given."""
+
+_OF_OTHERS = (
+    "held", "begin_pass", "end_pass", "undo_pass", "first_difference", "check_usable", "what_stays_in_memory",
+)  # fmt: skip
+"""Methods of a cache that only ollm itself calls."""
 
 _MARK = re.compile(r"(?<=^<!-- generated: )([a-z-]+)( -->\n)(?:.*?^<!-- end -->\n)?", re.MULTILINE | re.DOTALL)
 _SECTION = re.compile(r"^(Args|Raises|Returns|Attributes):\n((?:[ ]+.*\n?|\n)+)", re.MULTILINE)
@@ -222,7 +227,7 @@ def _entry(path: str, methods: Sequence[str] | None = None, head: str = "###") -
         said = " ".join((text or helps.get(field.partition(":")[0], "")).split())
         fields.append(f"- `{field}`: {said}" if said else f"- `{field}`")
     parts += ["Fields:\n", *fields, ""] if fields else []
-    for key in source.methods if methods is None else methods:
+    for key in [key for key in source.methods if key not in _OF_OTHERS] if methods is None else methods:
         member = inspect.getattr_static(value, key)
         if isinstance(member, (property, cached_property)):
             parts.append(f"**`{key}`**\n\n{_doc(member)}\n")

@@ -16,8 +16,9 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from ollm.cli import app
-from ollm.errors import MissingExtraError, UnknownStrategyError
+from ollm.errors import ConfigurationError, MissingExtraError, UnknownStrategyError
 from ollm_bench import run as runner
+from ollm_bench.cli import running
 from ollm_bench.kv.benchmark import BENCHMARK
 from ollm_bench.kv.models import synthetic_geometry
 from ollm_bench.kv.records import Case, Geometry, Measured, Outcome, Report
@@ -112,7 +113,7 @@ def test_a_picture(report, tmp_path):
         (["--head-dim", "7"], "--head-dim 7: rotary positions need an even number"),
         (["--dtype", "int8"], "--dtype int8: choose one of float32, bfloat16, float16"),
         (["--steps", "0"], "--steps 0: give 1 or more"),
-        (["--ram-budget", "lots"], "--ram-budget='lots' is not a size"),
+        (["--ram-budget", "lots"], "ram_budget='lots' is not a size"),
         (["--memory-limit", "lots"], "--memory-limit='lots' is not a size"),
         (["--cache-dir", "missing"], "--cache-dir missing: there is no such folder"),
         (["--json", "missing/out.json"], "--json missing/out.json: name a file in a folder that exists"),
@@ -124,6 +125,32 @@ def test_a_picture(report, tmp_path):
 )
 def test_every_argument_is_checked_before_work(arguments, message, refused):
     assert message in refused("kv", arguments)
+
+
+@pytest.mark.parametrize(
+    ("toml", "variable", "arguments", "budget"),
+    [
+        ("", None, [], None),
+        ('ram_budget = "1MiB"', None, [], 2**20),
+        ('ram_budget = "1MiB"', "2MiB", [], 2**21),
+        ('ram_budget = "1MiB"', "2MiB", ["--ram-budget", "0"], 0),
+    ],
+)
+def test_a_budget_is_written_down_where_those_of_caches_are(toml, variable, arguments, budget, monkeypatch, tmp_path):
+    (tmp_path / "ollm.toml").write_text(toml)
+    monkeypatch.chdir(tmp_path)
+    if variable is not None:
+        monkeypatch.setenv("OLLM_RAM_BUDGET", variable)
+    asked = []
+
+    def note(benchmark, cases, geometry, **more):
+        asked.extend(case.ram_budget for case in cases if case.strategy)
+        raise ConfigurationError("enough")
+
+    monkeypatch.setattr(running, "run_cases", note)
+    result = CliRunner().invoke(app, ["bench", "kv", *TINY, "--strategies", "chunked", *arguments])
+    assert str(result.exception) == "enough"
+    assert len(asked) == 3 if budget is None else asked == [budget]
 
 
 def test_an_unknown_strategy_is_the_registrys_own_error():
@@ -139,6 +166,16 @@ def test_a_missing_matplotlib_is_found_before_work(monkeypatch):
     assert 'pip install "ollm-bench[plot]"' in str(result.exception)
 
 
+def run_code(code, monkeypatch, folder):
+    real = subprocess.Popen
+    monkeypatch.setattr(runner.subprocess, "Popen", lambda command, **more: real([sys.executable, "-c", code], **more))
+    (outcome,) = runner.run_cases(
+        BENCHMARK, [Case(kind="static", tokens=10)], GEOMETRY, folder=folder, steps=1, memory_limit=None,
+        progress=lambda *_: None,
+    )  # fmt: skip
+    return outcome
+
+
 @pytest.mark.parametrize(
     ("code", "status", "reason"),
     [
@@ -147,14 +184,27 @@ def test_a_missing_matplotlib_is_found_before_work(monkeypatch):
     ],
 )
 def test_a_case_that_dies_is_listed(monkeypatch, tmp_path, code, status, reason):
-    real = subprocess.Popen
-    monkeypatch.setattr(runner.subprocess, "Popen", lambda command, **more: real([sys.executable, "-c", code], **more))
-    (outcome,) = runner.run_cases(
-        BENCHMARK, [Case(kind="static", tokens=10)], GEOMETRY, folder=tmp_path, steps=1, memory_limit=None,
-        progress=lambda *_: None,
-    )  # fmt: skip
+    outcome = run_code(code, monkeypatch, tmp_path)
     assert outcome.status == status
     assert reason in outcome.reason
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("before", ["", "print('a library speaks')\n"])
+def test_a_long_answer_is_read_whatever_is_printed_before_it(report, before, monkeypatch, tmp_path):
+    """Longer than a pipe holds, while the other end still waits for what is on stderr."""
+    measured = report.outcomes[0].measured
+    measured = attrs.evolve(measured, step_seconds=[0.1] * 100_000)
+    (tmp_path / "answer.json").write_text(json.dumps(cattrs.unstructure(measured)))
+    code = f"import sys; sys.stdin.read()\n{before}print(open({str(tmp_path / 'answer.json')!r}).read())"
+    outcome = run_code(code, monkeypatch, tmp_path)
+    assert (outcome.status, outcome.measured) == ("done", measured)
+
+
+def test_an_answer_that_cannot_be_read_is_listed(monkeypatch, tmp_path):
+    outcome = run_code("import sys; sys.stdin.read(); print('what?')", monkeypatch, tmp_path)
+    assert outcome.status == "failed"
+    assert "its answer cannot be read" in outcome.reason and "what?" in outcome.reason
 
 
 def test_a_small_run(in_this_process, tmp_path, monkeypatch):

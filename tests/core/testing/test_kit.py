@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import subprocess
 import sys
+import time
 import xml.etree.ElementTree as xml
 from pathlib import Path
 
+import hypothesis.stateful
 import pytest
 
-from core.testing.planted import bad_plugins
+from core.testing.planted import bad_choices, bad_plugins, bad_stores
 from core.testing.planted.bad_choices import CAUGHT as CHOICES
 from core.testing.planted.bad_files import CAUGHT as FILES
 from core.testing.planted.bad_stores import CAUGHT as STORES
@@ -91,3 +94,18 @@ def test_sound_plugins_pass_everything(outcomes):
     passed = {case: outcomes[case] for case in SOUND}
     assert [(case, *failed) for case, tests in passed.items() for failed in tests if failed[1]] == []
     assert sum(map(len, passed.values())) > 200
+
+
+def test_a_busy_machine_fails_no_test_of_the_kit(monkeypatch, tmp_path):
+    """Each number that Hypothesis draws takes some seconds, by its clock."""
+    seconds = itertools.count()
+    for module in (time, hypothesis.stateful):
+        monkeypatch.setattr(module, "perf_counter", lambda: float(next(seconds)))
+    choices, tried = bad_choices.TestSoundChoices(), 0
+    for name in dir(choices):
+        if hasattr(getattr(choices, name), "hypothesis"):
+            getattr(choices, name)()
+            tried += 1
+    bad_choices.SoundPlacement.test_it_depends_on_its_arguments_alone(choices)
+    assert tried == 7
+    bad_stores.TestSoundMemory().test_random_operations(tmp_path)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from core.io.fake_streams import FakeStreams
-from core.weights.streamed_decoder import CPU, LAYERS, Decoder, X, make_streamed, tiers
+from core.weights.streamed_decoder import CPU, LAYERS, SIZE, Decoder, X, make_streamed, tiers
 from core.weights.weight_files import write_shard
 from ollm.errors import WeightsError
 from ollm.io.buffers import aligned_buffer
@@ -44,13 +44,17 @@ def test_a_placement_is_changed_at_any_time(streamed, truth, claims):
     assert not [claim for claim in claims() if claim.purpose == "Resident weights" and claim.nbytes]
 
 
-def test_layers_that_are_not_entered_have_no_weights(streamed):
+def test_layers_that_are_not_entered_have_no_weights(streamed, truth):
     decoder, streamer = streamed
     streamer.place(tiers(2))
     decoder(X)
-    assert [layer.weight.is_meta for layer in decoder.layers] == [True, True, False, True, True, True]
-    with pytest.raises((RuntimeError, NotImplementedError)):
-        decoder.layers[0].weight.tolist()
+    for index, layer in enumerate(decoder.layers):
+        assert (layer.weight.shape, layer.weight.dtype, layer.weight.device) == ((SIZE, SIZE), torch.float32, CPU)
+        if index == 2:
+            assert layer.weight.tolist() == truth.layers[2].weight.tolist()
+        else:
+            with pytest.raises(WeightsError, match=rf"layers\.{index}\.weight and .* are on disk.*Keep all layers"):
+                layer.weight.tolist()
 
 
 def test_layers_may_be_skipped_repeated_and_left_early(streamed, truth):
@@ -175,7 +179,7 @@ def test_streamed_layers_go_through_device_buffers(streamed, truth, monkeypatch)
     decoder, streamer = streamed
     monkeypatch.setattr(weight_memory.WeightMemory, "on_accelerator", True)
     monkeypatch.setattr(weight_memory, "CudaStreams", lambda device: FakeStreams())
-    monkeypatch.setattr(weight_memory, "_buffer", lambda nbytes, pinned: aligned_buffer(nbytes))
+    monkeypatch.setattr(weight_memory, "aligned_buffer", lambda nbytes, pinned: aligned_buffer(nbytes))
     streamer.place(tiers(1, 4))
     for _ in range(4):
         assert torch.equal(decoder(X), truth(X))

@@ -14,7 +14,6 @@ from ollm.errors import (
     CacheClosedError,
     ConfigurationError,
     CorruptDataError,
-    InterruptedForwardError,
     UnsupportedOperationError,
 )
 from ollm.io.buffers import ALIGNMENT
@@ -137,23 +136,6 @@ def test_sliding_layers_do_not_keep_the_prompt_alive(model, tmp_path):
         stock = stock_cache(model)
         model(tokens(1, 300), past_key_values=stock)
         assert bytes_alive(stock) == 20
-
-
-@each_family
-def test_an_interrupted_forward_is_noticed_by_the_next_one(model, tmp_path):
-    """Ctrl-C between two layers leaves them with different lengths; going on would be silently wrong."""
-    ids = tokens(1, 20)
-    with cache_for(model, tmp_path) as cache:
-        model(ids, past_key_values=cache)
-        last = model.get_decoder().layers[-1]
-        handle = last.register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-        with pytest.raises(KeyboardInterrupt):
-            model(ids[:, :3], past_key_values=cache)
-        handle.remove()
-        with pytest.raises(InterruptedForwardError, match="reset"):
-            model(ids[:, :1], past_key_values=cache)
-        cache.reset()
-        assert_same(generate(model, ids, cache), generate(model, ids, stock_cache(model)))
 
 
 def test_another_batch_size_without_reset_is_refused(model, tmp_path):

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ollm.plugin import ConfigurationError, parse_size
+from ollm import CacheRequest
+from ollm.plugin import ConfigurationError
 from ollm_bench.cli import options
 
 if TYPE_CHECKING:
@@ -36,7 +37,9 @@ _Strategies = Annotated[
 _Budget = Annotated[
     str | None,
     typer.Option(
-        metavar="SIZE", help="Keep this much resident, such as 512MiB, instead of nothing, half and everything."
+        metavar="SIZE",
+        help="Keep this much resident, such as 512MiB, instead of nothing, half and everything.",
+        show_default="OLLM_RAM_BUDGET, or ram_budget of ollm.toml",
     ),
 ]
 _Forks = Annotated[
@@ -69,7 +72,7 @@ def kv(
     """
     lengths = _numbers(tokens)
     options.at_least_one("--forks", forks)
-    budget = None if ram_budget is None else parse_size(ram_budget, "--ram-budget")
+    budget = CacheRequest.from_settings(ram_budget=ram_budget).ram_budget
     settings = options.Settings.checked(
         cache_dir=cache_dir, memory_limit=memory_limit, steps=steps, json_file=json_file, plot=plot
     )

@@ -45,7 +45,7 @@ class MemorySnapshot:
     """Memory as measured when the cache is made. Bytes; cgroup limits are taken into account."""
 
     device_type: str
-    """`cpu`, `cuda`, …"""
+    """`cpu` or `cuda`."""
     host_total: int
     host_free: int
     """What other caches of this process have claimed is not free."""

@@ -8,6 +8,7 @@ others have left.
 from __future__ import annotations
 
 import threading
+import weakref
 from pathlib import Path
 
 import attrs
@@ -16,6 +17,7 @@ import torch
 
 from ollm.contracts.spill import MemorySnapshot
 from ollm.errors import MemoryLimitError
+from ollm.io.devices import is_accelerator
 from ollm.units import format_size
 
 _CGROUP_ROOT = Path("/sys/fs/cgroup")
@@ -27,43 +29,44 @@ _LAYOUTS = (
 )
 
 
+_HOST = torch.device("cpu")
 _HEADROOM = 64 * 2**20
 """Free memory that no claim takes: for what is too small or too short-lived to be claimed."""
 
 
 @attrs.define(eq=False)
 class Claim:
-    """Memory that somebody of ours may fill. Drawn from the ledger; `release` gives it back."""
+    """Memory that somebody of ours may fill. Drawn from the ledger; `release` gives it back, and so does whatever drops
+    it, for what was claimed is dropped with it."""
 
     purpose: str
     nbytes: int
     """What may be filled."""
-    device: str
-    """`cpu` or `cuda`."""
+    device: torch.device
     used: int = 0
     """What is filled so far, and therefore no longer measured as free. Kept by the owner."""
-    ledger: MemoryLedger | None = None
+    held: bool = True
+    """Whether it still counts."""
 
     def release(self) -> None:
         """Nothing of it is used any more. May be called twice."""
-        if self.ledger is not None:
-            self.ledger.drop(self)
-            self.ledger = None
+        self.held = False
 
 
 class MemoryLedger:
     """Claims of this process, beside what is measured as free. Thread-safe."""
 
     def __init__(self) -> None:
-        self._claims: list[Claim] = []
-        self._lock = threading.RLock()  # the garbage collector may release a claim while one is being made
+        self._drawn: list[weakref.ref[Claim]] = []
+        self._lock = threading.RLock()  # the garbage collector may drop who claims while a claim is being made
 
     def measure(self, device: torch.device) -> MemorySnapshot:
         """What is free now, less what was claimed and is not filled yet."""
         measured = measure_memory(device)
-        host, accelerator = self._unfilled("cpu"), self._unfilled("cuda")
-        host_free = max(measured.host_free - host, 0)
-        device_free = host_free if device.type == "cpu" else max(measured.device_free - accelerator, 0)
+        host_free = max(measured.host_free - self._unfilled(_HOST), 0)
+        device_free = host_free
+        if is_accelerator(device):
+            device_free = max(measured.device_free - self._unfilled(device), 0)
         return attrs.evolve(measured, host_free=host_free, device_free=device_free)
 
     def room(self, device: torch.device) -> int:
@@ -75,8 +78,8 @@ class MemoryLedger:
         with self._lock:
             if nbytes > self.room(device):
                 return None
-            claim = Claim(purpose, nbytes, device.type, ledger=self)
-            self._claims.append(claim)
+            claim = Claim(purpose, nbytes, device)
+            self._drawn = [*map(weakref.ref, self._claims), weakref.ref(claim)]
             return claim
 
     def claim(self, purpose: str, nbytes: int, device: torch.device) -> Claim:
@@ -99,21 +102,21 @@ class MemoryLedger:
         if nbytes > self.room(device):
             raise self._refusal(purpose, nbytes, device)
 
-    def drop(self, claim: Claim) -> None:
-        """Forget a claim."""
-        with self._lock:
-            self._claims.remove(claim)
+    @property
+    def _claims(self) -> list[Claim]:
+        """Those that count."""
+        return [claim for drawn in self._drawn if (claim := drawn()) is not None and claim.held]
 
     def _refusal(self, purpose: str, nbytes: int, device: torch.device) -> MemoryLimitError:
         free = self.measure(device).device_free
         return MemoryLimitError(
-            f"{purpose} need {format_size(nbytes)} of memory on {device.type}, and of {format_size(free)} free "
+            f"{purpose} need {format_size(nbytes)} of memory on {device}, and of {format_size(free)} free "
             f"{format_size(_HEADROOM)} must stay so. Close other programs or caches, or raise this process's "
             "memory limit."
         )
 
-    def _unfilled(self, device: str) -> int:
-        return sum(max(claim.nbytes - claim.used, 0) for claim in tuple(self._claims) if claim.device == device)
+    def _unfilled(self, device: torch.device) -> int:
+        return sum(max(claim.nbytes - claim.used, 0) for claim in self._claims if claim.device == device)
 
 
 ledger = MemoryLedger()
@@ -127,7 +130,7 @@ def measure_memory(device: torch.device) -> MemorySnapshot:
     for limit, used in _cgroup_limits():
         total, free = min(total, limit), min(free, max(limit - used, 0))
     device_total, device_free = total, free
-    if device.type == "cuda":
+    if is_accelerator(device):
         device_free, device_total = torch.cuda.mem_get_info(device)
     return MemorySnapshot(
         device_type=device.type,

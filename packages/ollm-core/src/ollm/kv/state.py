@@ -57,7 +57,12 @@ class CacheState:
     """True sequence length."""
     rows: int
     stored_layers: int
-    """Layers whose keys and values go to the store (full attention); the others keep transformers' own."""
+    """Layers whose keys and values go to the store: those that attend to every token. The others keep transformers'
+    own, such as windows and recurrent states."""
+    growing_layers: int
+    """Layers that keep something of every token in memory, beside what they store or instead of it."""
+    memory_bytes: int
+    """What all layers keep in memory beside the store and its tails: windows, recurrent states, what grows."""
     persisted_tokens: int
     """Tokens that the store holds, those of `shared_tokens` included."""
     shared_tokens: int

@@ -13,6 +13,7 @@ import attrs
 from torch import nn
 
 from ollm.changes import Changes
+from ollm.seam.geometry import without_adapter
 from ollm.stats import Stats
 
 logger = logging.getLogger("ollm")
@@ -35,7 +36,8 @@ class _Log:
 
 
 class Meter:
-    """Fills a `Stats` from the forwards of a model, until `remove`."""
+    """Fills a `Stats` from the forwards of a model, until `remove`. Of a model with an adapter those of the base model:
+    PEFT's `generate` passes its own `forward` by."""
 
     def __init__(self, model: nn.Module, stats: Stats) -> None:
         self._stats = stats
@@ -44,9 +46,10 @@ class Meter:
         self._decoding = True
         self._log = _Log(stats, stats.totals())
         weakref.finalize(self, self._log.flush)  # the last one, when the process ends
+        model = without_adapter(model)
         with Changes() as changes:
-            changes.hook(model.register_forward_pre_hook(self._before, with_kwargs=True))
-            changes.hook(model.register_forward_hook(self._after, with_kwargs=True))
+            changes.hook(model.register_forward_pre_hook, self._before, with_kwargs=True)
+            changes.hook(model.register_forward_hook, self._after, with_kwargs=True)
             self._changes = changes.pop_all()
 
     def flush(self) -> None:

@@ -66,11 +66,15 @@ class Manifest:
             "version": FORMAT_VERSION,
             **{name: getattr(self, name) for name in _PLAIN},
             "layouts": [_layout_json(layout) for layout in layouts],
-            "table": [row.to_json(layouts) for row in _rows(self.records, compact_from)],
+            "table": [row.to_json(layouts) for row in _rows(self.records, compact_from)[0]],
         }
         raw = json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False).encode("ascii")
         _expect(len(raw) <= MAX_MANIFEST_BYTES, f"larger than {MAX_MANIFEST_BYTES} bytes")
         return raw
+
+    def compactions(self, *, compact_from: int) -> int:
+        """How often contiguous rows became fewer, on the way to those that `to_json` writes."""
+        return _rows(self.records, compact_from)[1]
 
     @classmethod
     def from_json(cls, raw: bytes) -> Manifest:
@@ -181,16 +185,19 @@ _MOST = {"layer": 2**32 - 1, "branch": 2**32 - 1, "rows": 2**32 - 1, "segment": 
 _ROW_KEYS = {"layer", "branch", "rows", "start", "layout", "segment", "offset", "encoded", "frames"}
 
 
-def _rows(records: Iterable[Committed], compact_from: int) -> list[_Row]:
-    """The table in as many rows as there are records, or fewer, where a layer of a branch has enough of them. Depends
-    on nothing but the records."""
+def _rows(records: Iterable[Committed], compact_from: int) -> tuple[list[_Row], int]:
+    """The table in as many rows as there are records, or fewer, where a layer of a branch has enough of them; and how
+    often they became fewer. Depends on nothing but the records."""
     layers: dict[tuple[int, int], list[_Row]] = {}
+    compactions = 0
     for committed in records:
         rows = layers.setdefault((committed.extent.key.layer, committed.extent.key.branch), [])
         rows.append(_Row(committed.extent, (committed,)))
         if len(rows) >= compact_from:
-            rows[:] = _joined(rows)
-    return sorted((row for rows in layers.values() for row in rows), key=_Row.place)
+            joined = _joined(rows)
+            compactions += len(joined) < len(rows)
+            rows[:] = joined
+    return sorted((row for rows in layers.values() for row in rows), key=_Row.place), compactions
 
 
 def _joined(rows: Iterable[_Row]) -> list[_Row]:

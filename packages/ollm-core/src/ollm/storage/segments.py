@@ -23,6 +23,7 @@ from torch import Tensor
 
 from ollm.contracts.blocks import BlockKey, Extent, KVBlock, Location, StoreStats
 from ollm.contracts.storage import Pieces, Storage
+from ollm.endings import end
 from ollm.errors import (
     CacheClosedError,
     CacheForkedError,
@@ -93,6 +94,8 @@ class SegmentedStorage(Storage):
         self._lock = threading.Lock()
         self._owner = os.getpid()
         self._moved = Moved()
+        self._compactions = 0
+        self._closed = False
         self._unsynced = False  # whether an fsync failed
         self._adopted = folder.is_new
         new = Manifest(
@@ -178,12 +181,12 @@ class SegmentedStorage(Storage):
                 write_record, target, Extent.of(key, layout, location), tensor_bytes(buffer)[:size], self._moved
             )
             self._writes.submit(location, buffer, size, job)
+            return location
         except BaseException:
             self._writes.give_up(location, buffer)
             with self._lock:
                 target.let_go([location])
             raise
-        return location
 
     def raise_failed(self) -> None:
         self._check_usable()
@@ -217,6 +220,7 @@ class SegmentedStorage(Storage):
         except OSError as error:
             raise failed_write(error, self.path, len(raw)) from error
         self._manifest = manifest
+        self._compactions = manifest.compactions(compact_from=self._compact_from)
 
     def _sync(self) -> None:
         """Wait until the files are on the medium. Never again after the system refused: what it could not write then it
@@ -297,8 +301,9 @@ class SegmentedStorage(Storage):
         return segment in self._segments and not self._segments[segment].is_empty
 
     def close(self) -> None:
+        self._closed = True
         try:
-            self._dispose()
+            end(self._dispose)
         except OSError as error:
             raise StorageError(
                 f"Cannot remove {self.path}: {reason(error)}. Remove it, or leave that to the next cache "
@@ -308,7 +313,12 @@ class SegmentedStorage(Storage):
     def stats(self) -> StoreStats:
         with self._lock:
             disk_bytes = self._disk_bytes
-        return StoreStats(disk_bytes=disk_bytes, bytes_written=self._moved.written, bytes_read=self._moved.read)
+        return StoreStats(
+            disk_bytes=disk_bytes,
+            bytes_written=self._moved.written,
+            bytes_read=self._moved.read,
+            compactions=self._compactions,
+        )
 
     @property
     def _disk_bytes(self) -> int:
@@ -316,7 +326,7 @@ class SegmentedStorage(Storage):
 
     def _check_usable(self) -> None:
         self._check_owner()
-        if not self._dispose.alive:
+        if self._closed:
             raise CacheClosedError("This cache is closed: make a new one.")
 
     def _check_owner(self) -> None:
@@ -370,13 +380,19 @@ def _kept_manifest(folder: CacheFolder, new: Manifest) -> Manifest:
 def _dispose(
     folder: CacheFolder, segments: dict[int, Segment], writes: WriteBehind, scheduler: IOScheduler, owner: int
 ) -> None:
-    """End what is being written, close the files and the folder, in the process that made them only."""
+    """End what is being written, close the files and the folder, in the process that made them only. May be called
+    until it has succeeded, and afterwards."""
     if os.getpid() != owner:
         return
     with ExitStack() as steps:  # from the last to the first; the next one is done even if one fails
         steps.callback(scheduler.release)
         steps.callback(folder.close)
-        for segment in segments.values():
-            steps.callback(shim.disk.close, segment.file.fd)
-        segments.clear()
-        steps.callback(writes.close)
+        steps.callback(_end_writing, segments, writes)
+
+
+def _end_writing(segments: dict[int, Segment], writes: WriteBehind) -> None:
+    """Close the files, but not while somebody still writes there: other files may get their numbers."""
+    writes.close()
+    while segments:
+        _, segment = segments.popitem()
+        shim.disk.close(segment.file.fd)

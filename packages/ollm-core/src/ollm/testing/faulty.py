@@ -191,7 +191,7 @@ class FaultsTests(StoreCase):
 
 def _users() -> dict[Hashable, int]:
     """How many use the threads of each disk, whoever else there is in this process included."""
-    return {disk: scheduler.users for disk, scheduler in _schedulers.items()}
+    return {disk: len(scheduler._users) for disk, scheduler in _schedulers.items()}
 
 
 def _take(layer: LayerHistory, step: str, argument: int, seed: int) -> None:

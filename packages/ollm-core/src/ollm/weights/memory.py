@@ -6,7 +6,6 @@ Holds no module, so that it can be given back when the model that it served is c
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
 from pathlib import Path
 
 import attrs
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from ollm.io.buffers import aligned_buffer
 from ollm.io.device_ring import DeviceRing
+from ollm.io.devices import is_accelerator
 from ollm.io.ledger import Claim, ledger
 from ollm.io.scheduler import IOScheduler, scheduler_of
 from ollm.io.streams import CudaStreams
@@ -51,13 +51,11 @@ class WeightMemory:
         self._layouts = layouts
         self._counters = counters
         self._scheduler = scheduler_of(folder)
-        self._undo = ExitStack()
-        self._undo.callback(self._scheduler.release)
         self._slots_claim: Claim | None = None
 
     @property
     def on_accelerator(self) -> bool:
-        return self.device.type != "cpu"
+        return is_accelerator(self.device)
 
     @property
     def slot_bytes(self) -> int:
@@ -95,6 +93,17 @@ class WeightMemory:
             claim.release()
             raise
 
+    def read_again(self, index: int) -> Tensor:
+        """What the files hold of a layer, for comparison, in memory that nobody keeps.
+
+        Raises:
+            MemoryLimitError: so much is not free.
+            WeightsError: it cannot be read.
+        """
+        layout = self._layouts[index]
+        ledger.check("Weights to compare with", layout.nbytes, HOST)
+        return _read(layout, self._scheduler, self._counters, pinned=False)
+
     def fill(self, number: int, index: int) -> Tensor:
         """Read a layer into a slot, when nothing else reads into slots. Returns the slot.
 
@@ -123,10 +132,13 @@ class WeightMemory:
         if not streamed:
             self._free_slots()
         elif not self.slots:
-            claim = ledger.claim("Slots for streamed weights", RING_SLOTS * self.slot_bytes, HOST)
-            self.slots = [_buffer(self.slot_bytes, pinned=self.on_accelerator) for _ in range(RING_SLOTS)]
-            claim.used = RING_SLOTS * self.slot_bytes
-            self._slots_claim = claim
+            self._slots_claim = ledger.claim("Slots for streamed weights", RING_SLOTS * self.slot_bytes, HOST)
+            try:
+                self.slots = [aligned_buffer(self.slot_bytes, pinned=self.on_accelerator) for _ in range(RING_SLOTS)]
+            except BaseException:
+                self._free_slots()
+                raise
+            self._slots_claim.used = RING_SLOTS * self.slot_bytes
         if self.on_accelerator and self.device_ring is None and any(map(self._is_copied, range(len(self._layouts)))):
             self.device_ring = DeviceRing(
                 "Device buffers for weights", self.device, self.slot_bytes, CudaStreams(self.device),
@@ -137,7 +149,7 @@ class WeightMemory:
             self.ring = Ring(reads, self.slots, self._scheduler, self._counters)
 
     def close(self) -> None:
-        """Give everything back, without waiting. May be called twice."""
+        """Give everything back, without waiting. May be called until it has succeeded, and afterwards."""
         if self.ring is not None:
             self.ring.abandon()
             self.ring = None
@@ -147,7 +159,7 @@ class WeightMemory:
         if self.device_ring is not None:
             self.device_ring.close()
             self.device_ring = None
-        self._undo.close()
+        self._scheduler.release()
 
     def _is_copied(self, index: int) -> bool:
         """Whether a layer is copied to the accelerator each time."""
@@ -184,7 +196,7 @@ def read_apart(parameters: Sequence[Parameter], device: torch.device) -> Iterato
 
 def _read(layout: WeightLayout, scheduler: IOScheduler, counters: WeightCounters, *, pinned: bool) -> Tensor:
     """A new buffer with everything in it that a layout describes."""
-    buffer = _buffer(layout.nbytes, pinned=pinned)
+    buffer = aligned_buffer(layout.nbytes, pinned=pinned)
     _read_into(buffer, layout, scheduler, counters)
     return buffer
 
@@ -195,8 +207,3 @@ def _read_into(buffer: Tensor, layout: WeightLayout, scheduler: IOScheduler, cou
         ring.take(0)
     finally:
         ring.close()
-
-
-def _buffer(nbytes: int, *, pinned: bool) -> Tensor:
-    with torch.inference_mode(False):  # what is made in it can be written to in it only, and workers are not
-        return aligned_buffer(nbytes, pinned=pinned)
