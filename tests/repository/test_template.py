@@ -72,7 +72,7 @@ def test_it_pins_this_minor_version_of_core(project):
 def test_the_tests_of_a_project_with_everything_pass(tmp_path, shallow):
     """Its store is `chunked`, which passes them at depth elsewhere."""
     render(tmp_path / "project", kinds=list(KINDS))
-    assert "passed" in kit_of(tmp_path / "project")
+    assert "passed" in kit_of(tmp_path / "project", "--hypothesis-profile=least")
 
 
 def test_each_kind_has_the_name_that_was_chosen_for_it(tmp_path):

@@ -112,8 +112,8 @@ def test_dtype_is_the_checkpoints_unless_given(models_dir):
     [
         ({"model_id": "llama9"}, ConfigurationError, "no alias .llama3-1B-chat, .*no directory, and no Hub id"),
         ({"model_id": ""}, ConfigurationError, "no alias"),
-        ({"device": "cuda:99"}, DeviceError, "device='cuda:99'.*Use device='cpu'"),
-        ({"device": "abacus"}, DeviceError, "no torch device"),
+        ({"device": "cuda:99"}, DeviceError, "device='cuda:99'.*Use device='auto' or 'cpu'"),
+        ({"device": "abacus"}, DeviceError, "is no device: use 'auto'"),
         ({"dtype": "float32"}, ConfigurationError, "give a floating-point torch.dtype"),
         ({"dtype": torch.int8}, ConfigurationError, "give a floating-point torch.dtype"),
         ({"multimodality": True}, ConfigurationError, "text models only"),

@@ -199,3 +199,18 @@ def test_transformers_own_layers_are_left_alone():
     assert cache_utils.DYNAMIC_LAYER_TYPE_MAPPING["full_attention"] is cache_utils.DynamicLayer
     assert cache_utils.DYNAMIC_LAYER_TYPE_MAPPING["sliding_attention"] is cache_utils.DynamicSlidingWindowLayer
     assert all("ollm" not in kind.__module__ for kind in cache_utils.DYNAMIC_LAYER_TYPE_MAPPING.values())
+
+
+def test_a_state_reads_well(model, tmp_path):
+    ids = tokens(2, 40)
+    with cache_for(model, tmp_path) as cache:
+        generate(model, ids, cache, new_tokens=5)
+        state = cache.state()
+    lines = str(state).splitlines()
+    assert lines[0] == f"chunked, lossless, block mode ({state.mode_reason})"
+    assert lines[1].startswith(f"{state.tokens} tokens in 2 rows: {state.persisted_tokens} stored (")
+    assert f"{state.tail_tokens} in memory only (" in lines[1]
+    assert lines[2].startswith("memory: 0 B of what is stored, ")
+    assert lines[3].startswith("written ") and "attention waited" in lines[3]
+    assert lines[4:] == [f"folder: {state.directory}"]
+    assert f"tokens={state.tokens}" in repr(state)

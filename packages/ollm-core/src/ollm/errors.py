@@ -8,6 +8,14 @@ that second base, so that generic handlers go on working.
 _MOST_CHARACTERS = 2000
 _LAST_CHARACTERS = 400
 """Kept of a message that is cut: what to do next stands at its end."""
+_MOST_SAID = 160
+
+
+def brief(error: BaseException) -> str:
+    """What somebody else's error says, as a part of a message: its first line, cut where it goes on and on."""
+    said = next(iter(str(error).splitlines()), "")
+    said = said if len(said) <= _MOST_SAID else f"{said[:_MOST_SAID].rstrip()} …"
+    return f"{type(error).__name__}: {said}" if said else type(error).__name__
 
 
 class OllmError(Exception):

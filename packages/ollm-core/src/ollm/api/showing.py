@@ -10,7 +10,7 @@ import sys
 
 import attrs
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn
 
 from ollm.kv.state import PrefillProgress
 from ollm.units import format_size
@@ -48,8 +48,8 @@ class PrefillLine:
             if progress.seconds + progress.eta_seconds < _SECONDS or not sys.stderr.isatty():
                 return
             self._line = _begin(progress)
-        saved = f"{format_size(progress.saved_bytes)} stored"
-        self._line.update(self._line.task_ids[0], completed=progress.layers_done, saved=saved, refresh=True)
+        said = f"{format_size(progress.saved_bytes)} stored, {progress.eta_seconds:.0f} s left"
+        self._line.update(self._line.task_ids[0], completed=progress.layers_done, said=said, refresh=True)
         if progress.layers_done >= progress.layers:
             self._end()
 
@@ -62,9 +62,9 @@ class PrefillLine:
 
 def _begin(progress: PrefillProgress) -> Progress:
     line = Progress(
-        TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[saved]}"), TimeRemainingColumn(),
-        console=Console(stderr=True), transient=True, auto_refresh=False,
+        TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[said]}"), console=Console(stderr=True),
+        transient=True, auto_refresh=False, redirect_stdout=False, redirect_stderr=False,
     )  # fmt: skip
-    line.add_task(f"reading {progress.tokens:,} tokens", total=progress.layers, saved="")
+    line.add_task(f"reading {progress.tokens:,} tokens", total=progress.layers, said="")
     line.start()
     return line

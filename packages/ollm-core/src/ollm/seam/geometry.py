@@ -8,7 +8,7 @@ import torch
 from transformers.cache_utils import get_layer_types_and_kwargs
 
 from ollm.contracts.spill import KVGeometry, LayerGeometry
-from ollm.errors import ConfigurationError
+from ollm.errors import ConfigurationError, brief
 from ollm.seam.layers import is_stored
 
 
@@ -43,7 +43,7 @@ def layer_types(config: Any) -> list[tuple[str, dict[str, Any]]]:
         types, arguments = get_layer_types_and_kwargs(config)
     except (AttributeError, LookupError, TypeError, ValueError) as error:
         raise ConfigurationError(
-            f"transformers cannot tell from this {type(config).__name__} what its layers keep: {error}"
+            f"transformers cannot tell from this {type(config).__name__} what its layers keep: {brief(error)}"
         ) from error
     if isinstance(arguments, dict):  # up to 5.17 one dict serves all layers, whose classes ignore what is not theirs
         arguments = [arguments] * len(types)

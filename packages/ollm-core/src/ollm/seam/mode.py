@@ -17,7 +17,7 @@ from torch import nn
 from transformers import Cache, DynamicCache, PreTrainedModel
 
 from ollm.changes import Changes
-from ollm.errors import BlockModeError, PluginError, StorageError, WeightsError
+from ollm.errors import BlockModeError, PluginError, StorageError, WeightsError, brief
 from ollm.seam import attention
 from ollm.seam.cache import KVCache
 from ollm.seam.geometry import decoder_config, without_adapter
@@ -143,7 +143,7 @@ def _probe(model: Any, make_cache: Callable[[], KVCache]) -> str:
     except Exception as error:  # third-party modelling code may fail in any way; the reason is kept and shown
         if "DefaultCPUAllocator" in str(error):  # torch has no type for a CPU's memory that is used up
             raise
-        return f"{type(error).__name__}: {error}"
+        return brief(error)
     scale, difference = truth.abs().max(), (truth - blocks).abs().max()
     if not difference <= _TOLERANCE.get(model.dtype, _COARSE) * scale:
         return f"its logits differ by {difference:.2g} of {scale:.2g}"

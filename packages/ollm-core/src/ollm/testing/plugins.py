@@ -180,6 +180,8 @@ class PluginTests:
 class _AsUsersGetIt(FilesTests):
     """A strategy's store with its own default options."""
 
+    _has_a_cache = True
+
     def __init__(self, offer: Offer, folder: Path) -> None:
         self._build = offer.strategy.build
         self.options = structure_options(offer.strategy.options, {}, strategy=offer.strategy.name)
