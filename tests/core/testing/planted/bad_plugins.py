@@ -53,7 +53,7 @@ def ollm_commands():
 
 @hookimpl
 def ollm_offload_placements():
-    return [Strategy(name="{module}-first", summary="None.", build=lambda context: First(), options=Options)]
+    return [Strategy(name="{module}-first", summary="None.", build=lambda context: First())]
 
 
 @hookimpl
@@ -63,7 +63,7 @@ def ollm_kv_stores():
 """
 _USUAL = {
     "store": "MemoryStore", "argument": "context.window_tokens", "lossless": True, "directory": None,
-    "full_history": True, "options": "NoOptions",
+    "full_history": True, "options": "Options",
 }  # fmt: skip
 _PROJECT = """
 [build-system]

@@ -67,8 +67,8 @@ def _at_least(least: int) -> Any:
 def _is_less_than_a_tail(plan: SpillPlan, attribute: Any, value: int) -> None:
     if value >= plan.flush_tokens:
         raise ValueError(
-            f"hot_tokens={value}: must be less than flush_tokens={plan.flush_tokens}. A flush writes what is in the tail "
-            "but for these; else each token would be flushed alone, into a record of its own."
+            f"hot_tokens={value}: must be less than flush_tokens={plan.flush_tokens}. A flush writes what is in the "
+            "tail but for these; else each token would be flushed alone, into a record of its own."
         )
 
 
@@ -81,8 +81,8 @@ class SpillPlan:
         flush_bytes: … or this many bytes, whichever comes first. Per layer.
         hot_tokens: the most recent tokens that a flush leaves in the tail; fewer than `flush_tokens`. What is between
             the two is what a flush writes, and so the size of an extent, unless the store has a size of its own.
-        resident_bytes: host bytes for extents that stay in memory besides being stored, over all layers. Core takes less
-            where less is free by then.
+        resident_bytes: host bytes for extents that stay in memory besides being stored, over all layers. Core takes
+            less where less is free by then.
         resident_bytes_device: the same on the accelerator; on a CPU it means nothing.
         read_buffers: how many reads of up to 8 MiB may be in flight, each with a buffer on the host. At least 2: while
             attention computes with one, the next is filled.
