@@ -212,7 +212,7 @@ class TestHasAWindow(PluginTests):
 
 
 @plugin(
-    "test_damage_is_noticed_with_the_default_options", "other keys of .* and no error", store="PlainStore",
+    "test_damage_is_noticed_with_the_default_options", "other (keys|values) of .* and no error", store="PlainStore",
     argument="context.storage()", directory='"kv_cache_trusting"', options="Trusting",
 )  # fmt: skip
 class TestTrustsTheDiskByDefault(PluginTests):
