@@ -89,10 +89,6 @@ class Disk:
         os.mkdir(path, 0o700)
         os.chmod(path, 0o700)
 
-    def make_folders(self, path: Path) -> None:
-        """Make a folder of the user's own and those above it; one that is there stays as it is."""
-        os.makedirs(path, exist_ok=True)
-
     def stat(self, path: Path) -> os.stat_result:
         """As `lstat`, of what symbolic links lead to."""
         return os.stat(path)

@@ -29,6 +29,7 @@ MANIFEST_TEMPORARY = "manifest.json.tmp"
 TAG = "CACHEDIR.TAG"
 _TAG_TEXT = b"Signature: 8a477f597d28d172789f06886806bc55\n# Keys and values of ollm, private to their owner.\n"
 _RUN = re.compile(r"run-[0-9a-f]{16}")
+_ENTRY = re.compile(r"entry-[0-9a-f]{16}")
 _SEGMENT = re.compile(r"segment-\d{6}\.kv")
 _KNOWN_FILE = re.compile(rf"lock|manifest\.json(\.tmp)?|{_SEGMENT.pattern}|store-[A-Za-z0-9._-]+")
 _ROOT_LOCK_SECONDS = 30.0
@@ -66,19 +67,20 @@ class CacheFolder(Folder):
         """Whether nothing of an earlier cache is in it."""
         self.kept = kept
         """Whether it stays when it is closed."""
-        self._close = weakref.finalize(self, _let_go if kept else _remove_owned, path, lock_fd, os.getpid())
+        self._held = path, lock_fd, os.getpid()
+        self._close = weakref.finalize(self, _let_go if kept else _remove_owned, *self._held)
 
     @classmethod
     def create(cls, cache_dir: Path, directory: str, *, keep: bool = False) -> CacheFolder:
         """Make a folder below `cache_dir/directory`, after removing those that were not to be kept and whose owners are
-        dead.
+        dead. With `keep`, its name is on the medium when this returns.
 
         Raises:
             CacheDirectoryError: when the place is not writable, not ours, or not safe.
         """
         root = cache_dir / directory
         with _typed(root):
-            shim.disk.make_folders(cache_dir)
+            made = _make_folders(cache_dir)
             with ExitStack() as undo:  # if a step fails, what was done before it
                 undo.callback(_remove_root_if_empty, root)
                 with _root_lock(root):
@@ -90,6 +92,9 @@ class CacheFolder(Folder):
                     undo.callback(shim.disk.close, lock_fd)
                     if not shim.disk.try_lock(lock_fd):
                         raise CacheBusyError(f"{path} was locked by another process as it was made.")
+                if keep:
+                    for folder in (root, cache_dir, *(one.parent for one in made)):
+                        shim.disk.fsync_folder(folder)
                 undo.pop_all()
         return cls(path, lock_fd, is_new=True, kept=keep)
 
@@ -102,6 +107,8 @@ class CacheFolder(Folder):
             CacheDirectoryError: it is not there, not ours, or not safe.
         """
         with _typed(path):
+            if not _ENTRY.fullmatch(path.name):
+                raise CacheDirectoryError(f"{path} is no folder that is kept: their names are entry-<16 hex digits>.")
             _check_private(path.parent)
             _check_private(path)
             _check_private(path / LOCK, folder=False)
@@ -178,6 +185,13 @@ class CacheFolder(Folder):
         """As in the contract. With the last folder, its parent goes too."""
         self._close()
 
+    def give_up(self) -> None:
+        """Close it; one that was made for a cache that could not be made is removed, also if it was to be kept."""
+        if self.is_new and self._close.detach():
+            _remove_owned(*self._held)
+        else:
+            self._close()
+
 
 @contextmanager
 def _typed(place: Path) -> Iterator[None]:
@@ -203,6 +217,21 @@ def _remove_owned(path: Path, lock_fd: int, owner: int) -> None:
     finally:
         shim.disk.close(lock_fd)
     _remove_root_if_empty(path.parent)
+
+
+def _make_folders(path: Path) -> list[Path]:
+    """Make the user's folder, and those above it, as far as they are not there; those that were made, for us alone."""
+    missing: list[Path] = []
+    for folder in (path, *path.parents):
+        with suppress(FileNotFoundError):
+            shim.disk.stat(folder)
+            break
+        missing.insert(0, folder)
+    for folder in missing:
+        with suppress(FileExistsError):  # somebody else was quicker
+            shim.disk.mkdir(folder)
+    shim.disk.stat(path)
+    return missing
 
 
 def _make_root(root: Path) -> None:

@@ -23,6 +23,7 @@ from ollm.errors import OllmError
 from ollm.io import shim
 from ollm.kv.history import LayerHistory
 from ollm.kv.session import KVSession
+from ollm.storage.kept import extents_of
 from ollm.storage.segments import SegmentedStorage
 from ollm.testing.blocks import assert_same, random_block, write_blocks
 from ollm.testing.case import StoreCase, assert_nothing_left, commit, depth, files_of, flush_writes
@@ -149,7 +150,7 @@ class FaultsTests(StoreCase):
             return
         table = progress.committed
         if isinstance(store.storage, SegmentedStorage):
-            found = [*store.storage.committed]
+            found = extents_of(store.storage.committed)
             table = next(
                 (table for table in (progress.committed, progress.attempted) if [*table] == found), progress.committed
             )

@@ -21,6 +21,7 @@ import pytest
 from ollm.contracts.blocks import Extent, KVBlock
 from ollm.contracts.kv import KVStore
 from ollm.errors import OllmError
+from ollm.storage.kept import extents_of
 from ollm.storage.segments import SegmentedStorage
 from ollm.testing.blocks import assert_equal, load_table, read_extent, save_table, write_blocks
 from ollm.testing.case import StoreCase, bytes_of, commit, depth, files_of, flush_writes
@@ -248,7 +249,7 @@ class ReopeningTests(StoreCase):
                     assert_equal(ours, block, self.tolerance, f"{what}: other {{}} of {extent}, and no error")
             with suppress(OllmError):  # it may say that its files are not what they were
                 store.close()
-        return errors, [*store.storage.committed] if isinstance(store.storage, SegmentedStorage) else None
+        return errors, extents_of(store.storage.committed) if isinstance(store.storage, SegmentedStorage) else None
 
 
 @contextmanager
