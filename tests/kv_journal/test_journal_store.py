@@ -23,12 +23,12 @@ GOLDEN = Path(__file__).parent / "golden"
 
 def make(folder, entries=4, keep=False):
     storage = store_context(folder, keep=keep).storage(compact_from=entries)
-    return JournalStore(storage, compaction_entries=entries)
+    return JournalStore(storage)
 
 
 class TestJournal(KVStoreTests):
     def open(self, context):
-        return JournalStore(context.storage(compact_from=4), compaction_entries=4)
+        return JournalStore(context.storage(compact_from=4))
 
 
 class TestPlugin(PluginTests):
@@ -102,6 +102,7 @@ def test_each_layer_and_each_branch_has_a_table_of_its_own(tmp_path):
     for (layer, branch), table in tables.items():
         for _ in range(2 + (layer == branch == 0)):
             append(store, table, 2, layer=layer, branch=branch)
+    rows_of(store, tables[0, 0] + tables[1, 1])
     assert store.stats().compactions == 1
     assert {table[0].location.segment for table in tables.values()} == {0, 1, 2, 3}
     assert rows_of(store, tables[0, 0] + tables[1, 1]) == [(2, 2, 2), (2,), (2,)]
@@ -156,8 +157,8 @@ def test_compaction_depends_on_the_flushes_alone(tmp_path):
         busy.storage.flush()
         read_extent(busy, tables[busy][number // 2])
         busy.free([write_blocks(busy, [block(2)], layer=1, branch=number)[0].location])
-        compactions.append((quiet.stats().compactions, busy.stats().compactions))
         assert rows_of(quiet, tables[quiet]) == rows_of(busy, tables[busy])
+        compactions.append((quiet.stats().compactions, busy.stats().compactions))
     assert compactions == [(number, number) for number in (0, 0, 0, *(n for n in range(1, 6) for _ in range(3)), 6, 6)]
     quiet.close()
     busy.close()

@@ -15,7 +15,7 @@ from ollm.kv.session import KVSession
 from ollm.plugin import CorruptDataError, KVBlock, KVGeometry, LayerGeometry
 from ollm.testing import KVStoreTests, PluginTests, assert_holds, store_context, write_blocks
 from ollm.testing import random_block as block
-from ollm_kv_paged.paged import Page, PagedStore, default_page_tokens
+from ollm_kv_paged.paged import PagedStore, default_page_tokens
 from ollm_kv_paged.ring import RingStore
 from ollm_kv_paged.segmented import SegmentedFilesStore
 
@@ -48,7 +48,17 @@ def free(store, *extents):
 
 
 def slots(store, extents):
-    return [store.slot(extent.location) for extent in extents]
+    """Which slot of its file each is in: those of a file have the size of a whole extent."""
+    return [
+        extent.location.offset // store.storage.record_bytes(extent.layout.nbytes(extent.key.rows, store.extent_tokens))
+        for extent in extents
+    ]
+
+
+def pages(store, extents):
+    """Tokens, pool and slot of each."""
+    places = zip(extents, slots(store, extents), strict=True)
+    return [(extent.start, extent.stop, extent.location.segment, slot) for extent, slot in places]
 
 
 def segments(extents):
@@ -84,12 +94,12 @@ def test_pages_of_all_layers_share_a_pool_and_freed_ones_are_used_again(tmp_path
     for number in range(3):
         for layer in range(2):
             tables[layer] += write_blocks(store, [blocks[layer][number]], layer=layer, start=4 * number)
-    assert [page.slot for page in store.page_table(tables[0])] == [0, 2, 4]
-    assert [page.slot for page in store.page_table(tables[1])] == [1, 3, 5]
+    assert slots(store, tables[0]) == [0, 2, 4]
+    assert slots(store, tables[1]) == [1, 3, 5]
     size = store.stats().disk_bytes
     free(store, *tables[0])
     tables[1] += write_blocks(store, blocks[0], layer=1, start=12)
-    assert [page.slot for page in store.page_table(tables[1])] == [1, 3, 5, 0, 2, 4]
+    assert slots(store, tables[1]) == [1, 3, 5, 0, 2, 4]
     assert store.stats().disk_bytes == size, "no byte more than before"
     assert_holds(store, tables[1], blocks[1] + blocks[0])
     assert len(list(store.storage.path.glob("segment-*"))) == 1
@@ -99,7 +109,7 @@ def test_pages_of_all_layers_share_a_pool_and_freed_ones_are_used_again(tmp_path
 def test_a_short_page_takes_a_slot_of_its_own(tmp_path):
     store = make_paged(tmp_path, page_tokens=4)
     extents = write_blocks(store, [block(4), block(2)])
-    assert store.page_table(extents) == (Page(0, 4, 0, 0), Page(4, 6, 0, 1))
+    assert pages(store, extents) == [(0, 4, 0, 0), (4, 6, 0, 1)]
     store.close()
 
 
@@ -110,11 +120,11 @@ def test_pages_of_four_take_three_and_three_tokens_as_one_page_and_a_half(tmp_pa
     tables = []
     for one in blocks:
         layer.append(one.keys, one.values)
-        tables.append(session.store.page_table(entry.extent for entry in layer.table.entries))
-    assert [[(page.start, page.stop) for page in table] for table in tables] == [
+        tables.append(pages(session.store, [entry.extent for entry in layer.table.entries]))
+    assert [[page[:2] for page in table] for table in tables] == [
         [(0, 3)], [(0, 4), (4, 6)], [(0, 4), (4, 8), (8, 9)], [(0, 4), (4, 8), (8, 12)],
     ]  # fmt: skip
-    assert [[page.slot for page in table] for table in tables] == [[0], [1, 2], [1, 0, 3], [1, 0, 2]]
+    assert [[page[3] for page in table] for table in tables] == [[0], [1, 2], [1, 0, 3], [1, 0, 2]]
     assert layer.tail.tokens == 0
     none = block(0)
     keys, values = layer.gather(none.keys, none.values)
@@ -131,7 +141,7 @@ def test_tokens_that_do_not_fill_a_page_wait_in_the_tail(tmp_path):
         one = block(3, seed=seed)
         layer.append(one.keys, one.values)
     extents = [entry.extent for entry in layer.table.entries]
-    assert session.store.page_table(extents) == (Page(0, 4, 0, 0),)
+    assert pages(session.store, extents) == [(0, 4, 0, 0)]
     assert layer.tail.tokens == 2
     session.close()
 
@@ -139,7 +149,7 @@ def test_tokens_that_do_not_fill_a_page_wait_in_the_tail(tmp_path):
 def test_pages_of_other_sizes_have_a_pool_of_their_own(tmp_path):
     store = make_paged(tmp_path, page_tokens=64)
     extents = [write(store, 64), write(store, 64, rows=3, layer=1), write(store, 64, layer=2)]
-    assert [(page.pool, page.slot) for page in store.page_table(extents)] == [(0, 0), (1, 0), (0, 1)]
+    assert [page[2:] for page in pages(store, extents)] == [(0, 0), (1, 0), (0, 1)]
     store.close()
 
 
@@ -148,7 +158,7 @@ def test_a_pool_that_is_empty_leaves_its_file_to_pages_of_another_size(tmp_path)
     small, large = write(store, 64), write(store, 64, rows=3)
     free(store, small)
     other = [write(store, 64, rows=4, seed=seed, start=64 * seed) for seed in range(2)]
-    assert store.page_table([large, *other]) == (Page(0, 64, 1, 0), Page(0, 64, 0, 0), Page(64, 128, 0, 1))
+    assert pages(store, [large, *other]) == [(0, 64, 1, 0), (0, 64, 0, 0), (64, 128, 0, 1)]
     store.close()
 
 
@@ -187,7 +197,7 @@ def test_a_ring_takes_the_slot_that_left_first(tmp_path):
     for number in range(3, 20):
         free(store, table.pop(0))
         table.append(write(store, 4, seed=number, start=4 * number))
-        assert store.slot(table[-1].location) == number % 3
+        assert slots(store, table[-1:]) == [number % 3]
     assert store.stats().disk_bytes == size
     store.close()
 

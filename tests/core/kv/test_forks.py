@@ -126,7 +126,10 @@ def test_a_fork_of_a_fork_shares_what_both_had(started):
         assert all(map(torch.equal, ours.gather(*tokens(0, rows=2)), theirs.gather(*tokens(0, rows=2))))
     session.leave(first_user, lambda: [layer.close() for layer in first])
     assert second[0].gather(*tokens(0, rows=2))[0].shape[2] == EXTENTS * TOKENS + TOKENS + 3
-    assert session.join() == first_user, "numbers are used again, so that files do not become more"
+    shared = second[0].table.shared_tokens
+    third = session.join()
+    assert shared == second[0].table.tokens == EXTENTS * TOKENS + TOKENS
+    assert second[0].fork(third).table.shared_tokens == shared, "not what a cache wrote that had its number before"
 
 
 def test_reading_ahead_knows_what_a_fork_reads_next(started):

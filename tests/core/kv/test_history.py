@@ -327,7 +327,7 @@ def test_who_selects_gets_the_query_before_anything_is_read(one_layer):
     asked = []
 
     def newest(query, number, entries):
-        asked.append((query, number, session.source.reads_in_flight))
+        asked.append((query, number, len(session.source._reader._ahead)))
         return Entries(entries.items[-1:])
 
     session.select = newest

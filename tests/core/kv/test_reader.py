@@ -87,31 +87,31 @@ def test_reads_in_flight_reach_the_number_of_buffers_across_layers(cache, monkey
     for _ in range(EXTENTS - 1):
         next(blocks)
     disk.opened.clear()
-    before = session.source.reads_in_flight
+    before = len(session.source._reader._ahead)
     next_block = threading.Thread(target=lambda: next(blocks))
     next_block.start()
     disk.wait_for(1)
     disk.opened.set()
     next_block.join(30)
-    assert before == session.source.reads_in_flight == session.plan.read_buffers - 1
+    assert before == len(session.source._reader._ahead) == session.plan.read_buffers - 1
     fds = {fd for fd, _ in disk.reads}
     assert len(fds) == 2, "the next layer is being read while this one is in use"
     assert session.source.buffer_bytes <= session.plan.read_buffers * BUFFER_BYTES
     blocks.close()
-    assert session.source.reads_in_flight == 0
+    assert len(session.source._reader._ahead) == 0
 
 
 def test_memory_does_not_grow_over_many_steps(cache):
     session, layers = cache
     check_step(layers)
-    first = session.source.buffer_bytes, session.source.reads_in_flight
+    first = session.source.buffer_bytes, len(session.source._reader._ahead)
     addresses = set()
     for _ in range(200):
         for layer in layers:
             for block in layer.handle(*tokens(1)).blocks(ANY):
                 if block.start < EXTENTS * TOKENS:
                     addresses.add(block.keys.untyped_storage().data_ptr())
-    assert (session.source.buffer_bytes, session.source.reads_in_flight) == first
+    assert (session.source.buffer_bytes, len(session.source._reader._ahead)) == first
     assert len(addresses) <= session.plan.read_buffers, "blocks are views of the same few buffers"
 
 
@@ -121,7 +121,7 @@ def test_an_interrupted_step_leaves_no_read_behind_and_the_next_one_is_right(cac
     blocks = layers[1].handle(*tokens(1)).blocks(ANY)
     next(blocks)
     blocks.close()
-    assert session.source.reads_in_flight == 0
+    assert len(session.source._reader._ahead) == 0
     check_step(layers)
 
 
@@ -143,7 +143,7 @@ def test_what_grows_shrinks_and_is_written_anew_between_steps_is_read_as_it_is(c
     check_step(layers, 2)
     for layer in layers:
         layer.crop(0)
-    assert session.source.reads_in_flight == 0
+    assert len(session.source._reader._ahead) == 0
     assert session.store.stats().disk_bytes == 0
     for number in range(EXTENTS):
         for index, layer in enumerate(layers):
@@ -174,7 +174,7 @@ def test_an_error_in_any_read_surfaces_where_its_bytes_are_wanted(cache, monkeyp
             with pytest.raises(StorageError, match=r"Cannot read Layer \d, tokens"):
                 for _ in range(2):
                     check_step(layers)
-            assert session.source.reads_in_flight == 0
+            assert len(session.source._reader._ahead) == 0
         check_step(layers)
 
 
@@ -197,7 +197,7 @@ def test_a_file_that_was_cut_is_an_error_and_no_hang(cache):
     os.truncate(path, path.stat().st_size // 2)  # noqa: PTH
     with pytest.raises(CorruptDataError, match="is cut off"):
         check_step(layers)
-    assert session.source.reads_in_flight == 0
+    assert len(session.source._reader._ahead) == 0
 
 
 def test_closing_in_the_middle_of_reading_joins_and_removes_everything(tmp_path, monkeypatch, workers):
@@ -251,7 +251,7 @@ def test_what_is_being_read_is_never_overwritten_by_a_store_that_reuses_its_slot
     reading.start()
     disk.wait_for(1)
     layer.table.crop(0)
-    assert session.table.take_unread() == [], "all of them are pinned"
+    assert session.table.due().free == (), "all of them are pinned"
     for number in range(3):
         layer.append(*tokens(TOKENS, seed=900 + number))
     disk.opened.set()

@@ -47,5 +47,5 @@ def test_a_store_without_files_is_read_ahead_too_on_the_workers():
         for index, layer in enumerate(layers):
             assert torch.equal(joined(walk(layer), EXTENTS * TOKENS), expected(index, EXTENTS))
     assert store.threads and all(name.startswith("ollm-io") for name in store.threads)
-    assert session.source.reads_in_flight == 3
+    assert len(session.source._reader._ahead) == 3
     session.close()

@@ -81,7 +81,7 @@ def test_pieces_double_so_that_little_is_set_aside_for_what_may_never_come(tmp_p
 )
 def test_extents_fill_a_share_and_are_as_large_as_that_allows(share, largest):
     mib = 2**20
-    tier = module.Residency(module.Share.even(int(share * mib), 1), device=torch.device("cpu"))
+    tier = module.Residency(int(share * mib), device=torch.device("cpu"))
     assert tier.extent_bytes == int(largest * mib)
 
 
@@ -155,7 +155,7 @@ def test_what_is_left_of_a_piece_moves_into_a_larger_one(monkeypatch):
     ledger = MemoryLedger()
     monkeypatch.setattr(module, "ledger", ledger)
     monkeypatch.setattr(module, "LEAST_PIECE_BYTES", 3 * EXTENT_BYTES)
-    tier = module.Residency(module.Share.even(5 * EXTENT_BYTES, 1), device=torch.device("cpu"))
+    tier = module.Residency(5 * EXTENT_BYTES, device=torch.device("cpu"))
     blocks = [KVBlock(*tokens(TOKENS, seed=number)) for number in range(7)]
     extents = [
         Extent.of(BlockKey(0, 0, TOKENS * number, TOKENS, 1), block.layout, Location(EXTENT_BYTES, 0, number))

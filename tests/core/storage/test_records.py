@@ -16,7 +16,7 @@ from ollm.contracts.blocks import BlockKey, Extent, KVBlock, KVLayout, Location
 from ollm.errors import CorruptDataError
 from ollm.storage import records
 from ollm.storage.records import ALIGNMENT, DTYPE_CODES, check_header, check_payload, identity, make_header, padded
-from ollm.storage.tensors import empty_block, head_spans, lay_out, pack, unpack
+from ollm.storage.tensors import head_spans, lay_out, pack, unpack
 
 STORE_ID = bytes(range(16))
 KEY = BlockKey(layer=3, branch=2, start=2**33 + 5, tokens=7, rows=2)
@@ -239,7 +239,7 @@ def test_tensors_are_laid_out_one_behind_the_other_whatever_their_strides() -> N
 
 def test_an_empty_block_is_room_for_keys_then_values() -> None:
     raw = torch.arange(2 * 3 * 4 * 5 + 2 * 3 * 4 * 2, dtype=torch.uint8)
-    block = empty_block(KVLayout(torch.uint8, 3, 5, 2), 2, 4, raw)
+    block = KVBlock.empty(KVLayout(torch.uint8, 3, 5, 2), 2, 4, into=raw)
     assert block.keys.is_contiguous()
     assert block.values.is_contiguous()
     assert block.keys.flatten().tolist() + block.values.flatten().tolist() == raw.tolist()

@@ -194,7 +194,7 @@ def test_after_closing_nothing_is_read(scheduler, log):
     ring.take(0)
     ring.close()
     ring.close()
-    assert ring._flying == 0
+    assert not ring._flying
 
 
 def test_there_are_as_many_requests_as_threads():

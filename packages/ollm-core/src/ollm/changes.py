@@ -12,10 +12,12 @@ import threading
 import weakref
 from collections.abc import Callable
 from contextlib import ExitStack
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import attrs
 from torch import nn
+
+from ollm.endings import end
 
 Around = Callable[..., Any]
 """`around(forward, *args, **kwargs)`: calls the forward that it is given, or does not, and returns what that would."""
@@ -30,9 +32,35 @@ class _Handle(Protocol):
     def remove(self) -> None: ...
 
 
-class Changes(ExitStack):
-    """What one user does to a model. `close` undoes it, as does an error within a `with` block; `pop_all` takes it out
-    of the block. Keeps no module alive, and leaves what somebody else has changed since as it is."""
+class Changes:
+    """What one user does to a model. `close` undoes it, as does the end of a `with` block; `pop_all` takes it out of
+    the block. Keeps no module alive, and leaves what somebody else has changed since as it is."""
+
+    def __init__(self) -> None:
+        self._undo: list[Callable[[], object]] = []  # each may be called again, and before its change is made
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def pop_all(self) -> Changes:
+        """What was done so far, for somebody else to undo."""
+        taken = Changes()
+        taken._undo, self._undo = self._undo, []
+        return taken
+
+    def close(self) -> None:
+        """Undo all, from the last to the first. May be called until it has succeeded, and afterwards."""
+        with ExitStack() as steps:  # the next one is done even if one fails
+            for undo in self._undo:
+                steps.callback(undo)
+        self._undo.clear()
+
+    def callback(self, undo: Callable[..., object], *arguments: Any) -> None:
+        """Call this when all is undone."""
+        self._undo.append(functools.partial(undo, *arguments))
 
     def hook(self, handle: _Handle) -> None:
         """Take a hook that was just registered off again."""
@@ -45,9 +73,9 @@ class Changes(ExitStack):
             forward = vars(module).get("forward")
             if not isinstance(forward, _Forward):
                 forward = _Forward(module)
+            self.callback(_unwrap, weakref.ref(forward), token)
             forward.around[token] = around
             module.forward = forward
-        self.callback(_unwrap, weakref.ref(forward), token)
 
     def set(self, target: Any, name: str, value: Any) -> None:
         """Give an attribute that `target` has another value. Where several do, the newest that is not undone holds."""
@@ -63,12 +91,12 @@ class ChangesFor:
 
     def __init__(self, user: object) -> None:
         self._user = weakref.ref(user)
-        self._undo: list[tuple[Change, Callable[[], object]]] = []
+        self._undo: list[tuple[Change, weakref.finalize[Any, Any]]] = []
 
     @property
     def made(self) -> list[Change]:
         """Those that are not undone, for whoever wants to make them for another object, too."""
-        return [change for change, _ in self._undo]
+        return [change for change, undo in self._undo if undo.alive]
 
     def make(self, *changes: Change) -> None:
         """Make all of them, or none."""
@@ -76,19 +104,30 @@ class ChangesFor:
         assert user is not None
         try:
             for change in changes:
-                undo = weakref.finalize(user, change())
-                undo.atexit = False  # at exit the model goes as well
-                self._undo.append((change, undo))
+                self._make(change, user)
         except BaseException:
             self.undo(before)
             raise
 
     def undo(self, keep: int = 0) -> None:
-        """Undo all, or all but the first `keep`, from the last to the first; nothing of them is kept alive then."""
-        with ExitStack() as steps:
+        """Undo all, or all but the first `keep`, from the last to the first; nothing of them is kept alive then. May be
+        called until it has succeeded, and afterwards."""
+        with ExitStack() as steps:  # the next one is done even if one fails
             for _, undo in self._undo[keep:]:
-                steps.callback(undo)
-            del self._undo[keep:]
+                steps.callback(end, undo)
+        del self._undo[keep:]
+
+    def _make(self, change: Change, user: object) -> None:
+        undo: Callable[[], None] | None = None
+        try:
+            undo = change()
+            finalizer = weakref.finalize(user, undo)
+            finalizer.atexit = False  # at exit the model goes as well
+            self._undo.append((change, finalizer))
+        except BaseException:
+            if undo is not None:
+                undo()
+            raise
 
 
 def is_ours(target: Any, name: str) -> bool:
@@ -151,10 +190,10 @@ class _Setting:
         setattr(self.target, self.name, value)
 
     def take(self, token: object) -> None:
-        held = self.holds
+        if self.holds:
+            left = [value for other, value in self.values.items() if other is not token]
+            setattr(self.target, self.name, left[-1] if left else self.before)
         self.values.pop(token, None)
-        if held:
-            setattr(self.target, self.name, next(reversed(self.values.values()), self.before))
 
 
 _settings: dict[tuple[int, str], _Setting] = {}

@@ -90,8 +90,7 @@ def ollm_spill_policies() -> Iterable[Strategy[SpillPolicy]]:
 def _build_journal(context: KVBuildContext) -> KVStore:
     from ollm_kv_journal.journal import JournalStore
 
-    entries = context.options.compaction_entries
-    return JournalStore(context.storage(compact_from=entries), compaction_entries=entries)
+    return JournalStore(context.storage(compact_from=context.options.compaction_entries))
 
 
 def _build_tiered(context: KVBuildContext) -> KVStore:
@@ -99,7 +98,7 @@ def _build_tiered(context: KVBuildContext) -> KVStore:
 
     options = context.options
     storage = context.storage(write_buffers=options.write_buffers, compact_from=options.compaction_entries)
-    return JournalStore(storage, compaction_entries=options.compaction_entries)
+    return JournalStore(storage)
 
 
 def _build_hot_tail(context: BuildContext) -> SpillPolicy:

@@ -10,34 +10,47 @@ import heapq
 from abc import ABC, abstractmethod
 from collections import defaultdict, deque
 from collections.abc import Callable, Hashable, Sequence
+from contextlib import suppress
 
 from ollm.plugin import BlockKey, CorruptDataError, Extent, KVLayout, Location, SegmentedStore, Storage
 
 
 class Slots(ABC):
-    """The slots of one file, numbered from 0; there are as many as were ever in use at once."""
+    """The slots of one file, numbered from 0; there are as many as were ever in use at once. Which are in use is known
+    in one place: the order of those that are free may name others, as after an interrupt."""
 
     def __init__(self) -> None:
+        self._used: set[int] = set()
         self._end = 0
 
     @property
     def next(self) -> int:
         """The free slot whose turn it is."""
-        free = self._first_free()
-        return self._end if free is None else free
+        while (slot := self._first_free()) is not None:
+            if slot not in self._used:
+                return slot
+            self._remove_free(slot)
+        while self._end in self._used:
+            self._end += 1
+        return self._end
 
     def take(self, slot: int) -> None:
         """A slot is in use from now on: the next one, or any, where an earlier store put something into it."""
-        if slot >= self._end:
-            for skipped in range(self._end, slot):
-                self.give_back(skipped)
-            self._end = slot + 1
-        else:
+        self._used.add(slot)
+        if slot < self._end:
             self._remove_free(slot)
+        for skipped in range(self._end, slot):
+            self._add_free(skipped)
+        self._end = max(self._end, slot + 1)
+
+    def give_back(self, slot: int) -> None:
+        """Nobody needs this slot any more. Does nothing if it is not in use."""
+        if slot in self._used:
+            self._used.discard(slot)
+            self._add_free(slot)
 
     @abstractmethod
-    def give_back(self, slot: int) -> None:
-        """Nobody needs this slot any more."""
+    def _add_free(self, slot: int) -> None: ...
 
     @abstractmethod
     def _first_free(self) -> int | None: ...
@@ -53,16 +66,16 @@ class Pool(Slots):
         super().__init__()
         self._free: list[int] = []
 
-    def give_back(self, slot: int) -> None:
+    def _add_free(self, slot: int) -> None:
         heapq.heappush(self._free, slot)
 
     def _first_free(self) -> int | None:
         return self._free[0] if self._free else None
 
     def _remove_free(self, slot: int) -> None:
-        if self._free[0] == slot:
+        if self._free[:1] == [slot]:
             heapq.heappop(self._free)
-        else:
+        elif slot in self._free:
             self._free.remove(slot)
             heapq.heapify(self._free)
 
@@ -74,18 +87,20 @@ class Ring(Slots):
         super().__init__()
         self._free: deque[int] = deque()
 
-    def give_back(self, slot: int) -> None:
+    def _add_free(self, slot: int) -> None:
         self._free.append(slot)
 
     def _first_free(self) -> int | None:
         return self._free[0] if self._free else None
 
     def _remove_free(self, slot: int) -> None:
-        self._free.remove(slot)
+        with suppress(ValueError):
+            self._free.remove(slot)
 
 
 class SlottedStore(SegmentedStore):
-    """Puts each record into a slot. Layers of one branch for which `shares` answers the same share their slots."""
+    """Puts each record into a slot. Those for whose keys `shares` answers the same share a file, if their slots have
+    one size."""
 
     extent_tokens: int
 
@@ -101,19 +116,20 @@ class SlottedStore(SegmentedStore):
         self.extent_tokens = slot_tokens
         self._shares = shares
         self._slots: defaultdict[int, Slots] = defaultdict(make_slots)  # by the number of their file
-        self._slot_bytes: dict[int, int] = {}
+        self._taken: dict[Location, int] = {}  # the slot of each record
 
     def file(self, key: BlockKey, layout: KVLayout) -> Hashable:
-        return self._shares(key), self.storage.record_bytes(layout.nbytes(key.rows, self.extent_tokens))
+        return self._shares(key), self._bytes(key, layout)
 
     def place(self, key: BlockKey, layout: KVLayout) -> tuple[int, int | None]:
         number = self.number(self.file(key, layout))
         return number, self._slots[number].next * self._bytes(key, layout)
 
     def placed(self, extent: Extent) -> None:
-        number = extent.location.segment
-        self._slot_bytes[number] = self._bytes(extent.key, extent.layout)
-        self._slots[number].take(self.slot(extent.location))
+        location = extent.location
+        slot = location.offset // self._bytes(extent.key, extent.layout)
+        self._taken[location] = slot
+        self._slots[location.segment].take(slot)
 
     def adopt(self, extents: Sequence[Extent]) -> None:
         sizes: dict[int, int] = {}
@@ -128,14 +144,12 @@ class SlottedStore(SegmentedStore):
     def free(self, locations: Sequence[Location]) -> None:
         super().free(locations)
         for location in locations:
-            self._slots[location.segment].give_back(self.slot(location))
+            slot = self._taken.pop(location, None)
+            if slot is not None:
+                self._slots[location.segment].give_back(slot)
         for number in {location.segment for location in locations}:
             if not self.storage.holds(number):  # the number may be given to slots of another size
-                del self._slots[number], self._slot_bytes[number]
-
-    def slot(self, location: Location) -> int:
-        """The slot of a record in its file."""
-        return location.offset // self._slot_bytes[location.segment]
+                self._slots.pop(number, None)
 
     def _bytes(self, key: BlockKey, layout: KVLayout) -> int:
         """Of the slot that a record takes."""

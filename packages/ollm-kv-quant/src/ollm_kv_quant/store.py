@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import attrs
-import torch
 from torch import Tensor
 
 from ollm.plugin import Extent, KVBlock, SegmentedStore, Storage, StoreStats
@@ -27,7 +26,7 @@ class QuantizedStore(SegmentedStore):
         return [*self._codec.encode(block.keys), *self._codec.encode(block.values)]
 
     def decode(self, extent: Extent, raw: Tensor, out: KVBlock | None) -> KVBlock:
-        out = out or _empty(extent, raw.device)
+        out = out or KVBlock.empty(extent.layout, extent.key.rows, extent.key.tokens, device=raw.device)
         border = self._codec.nbytes(out.keys.shape)
         key_scale = self._codec.decode(raw[:border], out.keys)
         value_scale = self._codec.decode(raw[border:], out.values)
@@ -35,11 +34,3 @@ class QuantizedStore(SegmentedStore):
 
     def stats(self) -> StoreStats:
         return attrs.evolve(super().stats(), representation=self._codec.name)
-
-
-def _empty(extent: Extent, device: torch.device) -> KVBlock:
-    layout, shape = extent.layout, (extent.key.rows, extent.layout.kv_heads, extent.key.tokens)
-    keys, values = (
-        torch.empty(*shape, size, dtype=layout.dtype, device=device) for size in (layout.key_size, layout.value_size)
-    )
-    return KVBlock(keys, values)

@@ -33,7 +33,7 @@ class ResidentStore(KVStore):
 
     def free(self, locations: Sequence[Location]) -> None:
         for location in locations:
-            del self._raw[location]
+            self._raw.pop(location, None)
 
     def close(self) -> None:
         self._raw.clear()

@@ -62,6 +62,20 @@ class KVBlock:
     value_scale: float = 1.0
     """The same for values."""
 
+    @classmethod
+    def empty(
+        cls, layout: KVLayout, rows: int, tokens: int, *, into: Tensor | None = None, device: torch.device | None = None
+    ) -> KVBlock:
+        """Room for keys and values, each contiguous, whatever is in it: the first of the bytes `into` (uint8), keys
+        before values, or new memory on `device`."""
+        import torch  # not before it is needed: entry modules of plugins stay light
+
+        nbytes = layout.nbytes(rows, tokens)
+        raw = torch.empty(nbytes, dtype=torch.uint8, device=device) if into is None else into[:nbytes]
+        flat, shape = raw.view(layout.dtype), (rows, layout.kv_heads, tokens)
+        border = rows * layout.kv_heads * tokens * layout.key_size
+        return cls(flat[:border].view(*shape, layout.key_size), flat[border:].view(*shape, layout.value_size))
+
     @property
     def layout(self) -> KVLayout:
         """Its dtype and shapes.
@@ -74,14 +88,14 @@ class KVBlock:
 
 @attrs.frozen(cache_hash=True)
 class BlockKey:
-    """Which block it is that a store writes. No two that a table has at a time have the same key; but a reader may
-    still hold one that was dropped when another is written under its key."""
+    """Which block it is that a store writes. Not unique: after a crop a cache writes other tokens under a key that a
+    fork, or whoever still reads, goes on to have. What tells blocks apart is where they are."""
 
     layer: int
     """Of the model."""
     branch: int
-    """Which of the caches over this store wrote it: 0 for the first, others for its forks. A hint of what is dropped
-    together."""
+    """Which of the caches over this store wrote it: 0 for the first, others for its forks, each another. A hint of what
+    is dropped together."""
     start: int
     """Position of its first token in the sequence."""
     tokens: int
@@ -144,5 +158,6 @@ class StoreStats:
     bytes_written: int = 0
     bytes_read: int = 0
     compactions: int = 0
+    """How often rows of the table became fewer in what was committed last."""
     representation: str = "exact"
     """How cold keys and values are represented, such as `exact` or `int8-symmetric-per-tensor`."""

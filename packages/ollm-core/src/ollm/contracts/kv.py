@@ -28,7 +28,8 @@ class KVStore(ABC):
 
     extent_tokens: int | None = None
     """The most tokens of an extent, and as many as core puts into one, whenever it has them; `None` lets core cut
-    extents of any size. The last extent of a layer may be shorter: core writes its tokens anew as it grows."""
+    extents of any size. The last extent of a layer may be shorter: core writes its tokens anew as it grows, but not
+    where the rows of the batch were picked since, or where the store loses something: then it stays as it is."""
 
     window: int | None = None
     """Newest tokens that a query may see, itself included; `None` for the full history. Core masks by it and drops
@@ -65,7 +66,8 @@ class KVStore(ABC):
 
     @abstractmethod
     def free(self, locations: Sequence[Location]) -> None:
-        """Nobody reads these any more: their bytes may be used for others."""
+        """Nobody reads these any more: their bytes may be used for others. After Ctrl-C it is called for them again,
+        before anything else is written."""
 
     def read(self, extent: Extent) -> Tensor:
         """The bytes of a block as a uint8 tensor on the host, for stores without a `storage`.

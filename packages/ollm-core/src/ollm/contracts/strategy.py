@@ -66,7 +66,7 @@ class KVBuildContext(BuildContext):
     """What the `build` of a KV strategy receives."""
 
     geometry: KVGeometry
-    """Shapes that core expects from the model's config, for planning: the first `append` to a layer decides."""
+    """Shapes that core expects from the model's config, for planning; the blocks that `write` gets decide."""
     device: torch.device
     """Where attention runs and where raw bytes are handed to `decode`."""
     window_tokens: int | None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 from contextlib import suppress
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -53,7 +54,8 @@ def tensor_bytes(tensor: Tensor) -> memoryview:
 
 
 class BufferPool:
-    """At most `count` buffers, made when they are first needed. For one thread: who takes one gives it back.
+    """At most `count` buffers, made when they are first needed. For one thread: who takes one gives it back, or drops
+    it, as whatever is interrupted does.
 
     A buffer is made anew, larger, for a request that it is too small for, so that what it holds is bounded by `count`
     times the largest request.
@@ -70,7 +72,7 @@ class BufferPool:
         self._pinned = pinned
         self._claim = ledger.claim(purpose, count * nbytes, torch.device("cpu"))
         self._free: list[Tensor] = []
-        self._lent: dict[int, Tensor] = {}
+        self._lent: WeakValueDictionary[int, Tensor] = WeakValueDictionary()
 
     @property
     def nbytes(self) -> int:
@@ -94,7 +96,8 @@ class BufferPool:
 
     def give_back(self, buffer: Tensor) -> None:
         """A buffer that `take` gave, which nobody uses any more."""
-        self._free.append(self._lent.pop(buffer.data_ptr()))
+        if self._lent.pop(buffer.data_ptr(), None) is not None:
+            self._free.append(buffer)
 
     def close(self) -> None:
         """Drop all buffers and give their memory back to the ledger. May be called twice."""

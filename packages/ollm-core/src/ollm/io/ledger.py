@@ -8,6 +8,7 @@ others have left.
 from __future__ import annotations
 
 import threading
+import weakref
 from pathlib import Path
 
 import attrs
@@ -33,7 +34,8 @@ _HEADROOM = 64 * 2**20
 
 @attrs.define(eq=False)
 class Claim:
-    """Memory that somebody of ours may fill. Drawn from the ledger; `release` gives it back."""
+    """Memory that somebody of ours may fill. Drawn from the ledger; `release` gives it back, and so does whatever drops
+    it, for what was claimed is dropped with it."""
 
     purpose: str
     nbytes: int
@@ -42,21 +44,20 @@ class Claim:
     """`cpu` or `cuda`."""
     used: int = 0
     """What is filled so far, and therefore no longer measured as free. Kept by the owner."""
-    ledger: MemoryLedger | None = None
+    held: bool = True
+    """Whether it still counts."""
 
     def release(self) -> None:
         """Nothing of it is used any more. May be called twice."""
-        if self.ledger is not None:
-            self.ledger.drop(self)
-            self.ledger = None
+        self.held = False
 
 
 class MemoryLedger:
     """Claims of this process, beside what is measured as free. Thread-safe."""
 
     def __init__(self) -> None:
-        self._claims: list[Claim] = []
-        self._lock = threading.RLock()  # the garbage collector may release a claim while one is being made
+        self._drawn: list[weakref.ref[Claim]] = []
+        self._lock = threading.RLock()  # the garbage collector may drop who claims while a claim is being made
 
     def measure(self, device: torch.device) -> MemorySnapshot:
         """What is free now, less what was claimed and is not filled yet."""
@@ -75,8 +76,8 @@ class MemoryLedger:
         with self._lock:
             if nbytes > self.room(device):
                 return None
-            claim = Claim(purpose, nbytes, device.type, ledger=self)
-            self._claims.append(claim)
+            claim = Claim(purpose, nbytes, device.type)
+            self._drawn = [*map(weakref.ref, self._claims), weakref.ref(claim)]
             return claim
 
     def claim(self, purpose: str, nbytes: int, device: torch.device) -> Claim:
@@ -99,10 +100,10 @@ class MemoryLedger:
         if nbytes > self.room(device):
             raise self._refusal(purpose, nbytes, device)
 
-    def drop(self, claim: Claim) -> None:
-        """Forget a claim."""
-        with self._lock:
-            self._claims.remove(claim)
+    @property
+    def _claims(self) -> list[Claim]:
+        """Those that count."""
+        return [claim for drawn in self._drawn if (claim := drawn()) is not None and claim.held]
 
     def _refusal(self, purpose: str, nbytes: int, device: torch.device) -> MemoryLimitError:
         free = self.measure(device).device_free
@@ -113,7 +114,7 @@ class MemoryLedger:
         )
 
     def _unfilled(self, device: str) -> int:
-        return sum(max(claim.nbytes - claim.used, 0) for claim in tuple(self._claims) if claim.device == device)
+        return sum(max(claim.nbytes - claim.used, 0) for claim in self._claims if claim.device == device)
 
 
 ledger = MemoryLedger()

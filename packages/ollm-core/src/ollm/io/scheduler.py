@@ -6,13 +6,17 @@ those who ask: they own the buffers.
 
 from __future__ import annotations
 
+import functools
+import itertools
 import os
 import threading
+import weakref
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import ParamSpec, TypeVar
+from typing import Generic, ParamSpec, TypeVar
 
+from ollm.errors import StorageError
 from ollm.io import shim
 
 WORKERS = 8
@@ -27,39 +31,106 @@ T = TypeVar("T")
 
 
 class IOScheduler:
-    """Runs requests on `WORKERS` threads, first come, first served. Use `scheduler_of` to get the one of a disk.
+    """What one user runs requests with, on the `WORKERS` threads of a disk: first come, first served, whoever asks. Use
+    `scheduler_of` to get one.
 
     Because requests start in order, one that waits for an earlier one never waits for something that cannot start.
     """
 
-    def __init__(self, key: tuple[int, int | None]) -> None:
-        self._key = key
-        self._executor = ThreadPoolExecutor(WORKERS, thread_name_prefix=_NAME)
-        self.users = 1
+    def __init__(self, workers: _Workers) -> None:
+        """One user more."""
+        self._workers = workers
+        self._number = workers.join()
+        weakref.finalize(self, workers.leave, self._number).atexit = False  # then threads end with the interpreter
 
     def submit(self, action: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> Future[T]:
-        """Run `action` on a worker as soon as one is free."""
-        return self._executor.submit(action, *args, **kwargs)
+        """Run `action` on a worker as soon as one is free. If this fails it will not be run, unless it is running by
+        then: what it uses may only be dropped.
+
+        Raises:
+            StorageError: there is no thread, and the system starts none.
+        """
+        request = _Request(functools.partial(action, *args, **kwargs))
+        try:
+            return self._workers.executor.submit(request)
+        except BaseException as error:
+            request.give_up()
+            if isinstance(error, RuntimeError):
+                raise StorageError(
+                    f"No thread reads or writes here: {error}. Raise the limit of threads (ulimit -u, pids.max), or "
+                    "end other programs."
+                ) from error
+            raise
 
     def release(self) -> None:
         """One user less. The last one ends the threads, after what they are doing; whoever has requests running
-        cancels or awaits them first."""
+        cancels or awaits them first. May be called again, as after an interrupt."""
+        self._workers.leave(self._number)
+
+
+class _Workers:
+    """The threads of one disk, and the numbers of those who use them."""
+
+    def __init__(self, key: tuple[int, int | None]) -> None:
+        self.executor = _Executor(WORKERS, thread_name_prefix=_NAME)
+        self._key = key
+        self._users: set[int] = set()
+        self._numbers = itertools.count()
+
+    def join(self) -> int:
+        number = next(self._numbers)
+        self._users.add(number)
+        return number
+
+    def leave(self, number: int) -> None:
         with _lock:
-            self.users -= 1
-            if self.users:
+            self._users.discard(number)
+            if self._users:
                 return
-            _schedulers.pop(self._key, None)
+            if _schedulers.get(self._key) is self:
+                del _schedulers[self._key]
         # a cache that is dropped may be collected on a worker, which cannot wait for itself
-        self._executor.shutdown(wait=not threading.current_thread().name.startswith(_NAME), cancel_futures=True)
+        self.executor.shutdown(wait=not threading.current_thread().name.startswith(_NAME), cancel_futures=True)
+
+
+class _Executor(ThreadPoolExecutor):
+    """Goes on with the threads that it has where the system starts no more."""
+
+    def _adjust_thread_count(self) -> None:
+        try:
+            super()._adjust_thread_count()
+        except RuntimeError:
+            if not self._threads:
+                raise
+
+
+class _Request(Generic[T]):
+    """What a worker runs; nothing, once it was given up."""
+
+    def __init__(self, work: Callable[[], T]) -> None:
+        self._work: Callable[[], T] | None = work
+        self._lock = threading.Lock()  # held while it runs
+
+    def __call__(self) -> T:
+        with self._lock:
+            if self._work is None:
+                raise StorageError("this request was given up")  # to nobody
+            return self._work()
+
+    def give_up(self) -> None:
+        """It is not to begin any more."""
+        if self._lock.acquire(blocking=False):
+            self._work = None
+            self._lock.release()
 
 
 _lock = threading.RLock()  # a cache may be collected, and give its scheduler back, while another asks for one
-_schedulers: dict[tuple[int, int | None], IOScheduler] = {}
+_schedulers: dict[tuple[int, int | None], _Workers] = {}
 
 
 def scheduler_of(folder: Path | None) -> IOScheduler:
-    """The scheduler of the disk that `folder` is on; `None` stands for all that is on no disk. Give it back with
-    `release`.
+    """A scheduler of the disk that `folder` is on; `None` stands for all that is on no disk. Give it back with
+    `release`, or drop it.
 
     Raises:
         OSError: as the system says of the folder.
@@ -68,7 +139,5 @@ def scheduler_of(folder: Path | None) -> IOScheduler:
     with _lock:
         found = _schedulers.get(key)
         if found is None:
-            found = _schedulers[key] = IOScheduler(key)
-        else:
-            found.users += 1
-        return found
+            found = _schedulers[key] = _Workers(key)
+        return IOScheduler(found)

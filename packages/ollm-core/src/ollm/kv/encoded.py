@@ -14,19 +14,17 @@ from torch import Tensor
 from ollm.contracts.blocks import Extent, KVBlock, Location
 from ollm.io.buffers import aligned_buffer
 from ollm.io.ledger import Claim, ledger
-from ollm.kv.residency import Share
-from ollm.storage.tensors import empty_block
 
 
 class EncodedResidency:
     """Keeps raw bytes of extents on the host within a budget that is shared evenly between layers. The set is fixed:
     what found room stays until it is dropped."""
 
-    def __init__(self, share: Share, *, pinned: bool) -> None:
+    def __init__(self, share: int, *, pinned: bool) -> None:
         """Nothing yet.
 
         Args:
-            share: of each layer.
+            share: bytes of each layer.
             pinned: in page-locked memory.
         """
         self.version = 0
@@ -52,34 +50,38 @@ class EncodedResidency:
     def offer(self, extent: Extent, raw: Tensor) -> None:
         """Keep a copy of an extent's bytes if its layer's share has room."""
         layer, nbytes = extent.key.layer, extent.location.nbytes
-        if self._used[layer] + nbytes > self._share.nbytes:
+        if self._used[layer] + nbytes > self._share:
             return
         claim = ledger.try_claim("resident encoded keys and values", nbytes, torch.device("cpu"))
         if claim is None:
             return
         try:
             copy = aligned_buffer(nbytes, pinned=self._pinned)[:nbytes]
+            copy.copy_(raw)
+            claim.used = nbytes
+            self.version += 1
+            self._kept[extent.location] = layer, copy, claim
+            self._used[layer] += nbytes
         except BaseException:
+            self._kept.pop(extent.location, None)
             claim.release()
             raise
-        copy.copy_(raw)
-        claim.used = nbytes
-        self._kept[extent.location] = layer, copy, claim
-        self._used[layer] += nbytes
-        self.version += 1
 
     def drop(self, location: Location) -> None:
         """Forget an extent."""
         if location in self._kept:
-            layer, raw, claim = self._kept.pop(location)
-            claim.release()
-            self._used[layer] -= raw.numel()
             self.version += 1
+            layer, raw, claim = self._kept.pop(location)
+            self._used[layer] -= raw.numel()
+            claim.release()
 
     def clear(self) -> None:
         """Forget everything."""
-        for location in list(self._kept):
-            self.drop(location)
+        self.version += 1
+        for _, _, claim in self._kept.values():
+            claim.release()
+        self._kept.clear()
+        self._used.clear()
 
 
 class Scratch:
@@ -110,11 +112,15 @@ class Scratch:
             self._buffer = (
                 aligned_buffer(nbytes) if on_cpu else torch.empty(nbytes, dtype=torch.uint8, device=self._device)
             )
-        return empty_block(layout, key.rows, key.tokens, self._buffer)
+            if self._claim is not None:
+                self._claim.used = nbytes
+        return KVBlock.empty(layout, key.rows, key.tokens, into=self._buffer)
 
     def used(self, block: KVBlock) -> None:
-        """What the store made of it: a view of something else tells that it is not needed."""
-        if self._buffer is not None and block.keys.untyped_storage().data_ptr() != self._buffer.data_ptr():
+        """What the store made of it: tensors in other memory tell that it is not needed."""
+        if self._buffer is None:
+            return
+        if block.keys.untyped_storage().data_ptr() != self._buffer.untyped_storage().data_ptr():
             self._wanted = False
             self.close()
 

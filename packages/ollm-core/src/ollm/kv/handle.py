@@ -47,13 +47,13 @@ class KVHandle:
             chosen = session.select(query, self._layer, self._visible())
             with closing(session.source.blocks(chosen, self._following)) as blocks:
                 yield from blocks
-            session.table.unpin(self._reader)
+            self._reader.leave()
             yield from self._recent
         except BaseException:  # nobody wants the rest, and so perhaps nothing of the next layers either
             session.source.cancel_reads()
             raise
         finally:
-            session.table.unpin(self._reader)
+            self._reader.leave()
 
     def _visible(self) -> Entries:
         """The entries without those that have left the window: they are dropped as soon as nobody reads."""
@@ -67,9 +67,6 @@ class KVHandle:
     def tokens(self) -> int:
         """How many tokens the blocks hold together."""
         return self._recent[-1].stop
-
-    def __del__(self) -> None:
-        self._session.table.unpin(self._reader)
 
     def __getattr__(self, name: str) -> NoReturn:
         _refuse(f".{name}")

@@ -105,7 +105,7 @@ class LayerHistory:
     def held(self) -> Iterator[None]:
         """Until the end of the `with` block, what is appended stays in memory too, so that it is not read back: for a
         layer that takes a prompt in several pieces, one after the other. After an error the history is what it was,
-        but for what has left a window meanwhile."""
+        unless some of that has left a window meanwhile: then it keeps what was appended."""
         before, self._held = self.tokens, self._past()
         with self._session.table.pinned():
             try:

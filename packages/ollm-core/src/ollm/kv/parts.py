@@ -12,7 +12,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, wait
 
 import attrs
-import torch
 from torch import Tensor
 
 from ollm.contracts.blocks import Extent, KVBlock
@@ -79,7 +78,7 @@ class PartReader:
         Raises:
             CorruptDataError, StorageError: as `Storage.read_pieces`; nothing is being read then.
         """
-        blocks = [_empty(part) for part in parts]
+        blocks = [_room_for(part) for part in parts]
         wanted: dict[Extent, list[_Wanted]] = {}
         for part, block in zip(parts, blocks, strict=True):
             wanted.setdefault(part.extent, []).extend(_spans(part, block))
@@ -89,12 +88,9 @@ class PartReader:
                 for pieces in self._runs(extent, spans):
                     if not self._buffers.has_free:
                         self._land(flying)
+                    # if asking fails it is dropped, and so free once nobody reads into it
                     buffer = self._buffers.take(pieces.stop - pieces.start)
-                    try:
-                        flying.append((self._storage.submit(_read_into, self._storage, pieces, buffer, spans), buffer))
-                    except BaseException:
-                        self._buffers.give_back(buffer)
-                        raise
+                    flying.append((self._storage.submit(_read_into, self._storage, pieces, buffer, spans), buffer))
             while flying:
                 self._land(flying)
         finally:
@@ -148,10 +144,9 @@ def _read_into(storage: Storage, pieces: Pieces, buffer: Tensor, spans: Sequence
         span.take(pieces, content)
 
 
-def _empty(part: Part) -> KVBlock:
-    layout, shape = part.extent.layout, (part.extent.key.rows, len(part.heads), len(part.tokens))
-    keys, values = (torch.empty(*shape, size, dtype=layout.dtype) for size in (layout.key_size, layout.value_size))
-    return KVBlock(keys, values)
+def _room_for(part: Part) -> KVBlock:
+    layout = attrs.evolve(part.extent.layout, kv_heads=len(part.heads))
+    return KVBlock.empty(layout, part.extent.key.rows, len(part.tokens))
 
 
 def _spans(part: Part, block: KVBlock) -> Iterator[_Wanted]:

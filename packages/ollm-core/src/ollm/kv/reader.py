@@ -72,11 +72,6 @@ class BlockReader:
         self._plan: Iterator[Run] = iter(())
 
     @property
-    def in_flight(self) -> int:
-        """Reads that were asked for and whose bytes were not used yet."""
-        return len(self._ahead)
-
-    @property
     def buffer_bytes(self) -> int:
         """Memory of the buffers."""
         return self._buffers.nbytes
@@ -121,9 +116,9 @@ class BlockReader:
 
     def cancel(self) -> None:
         """Give up what was read ahead; afterwards nothing is being read, and no buffer is in use."""
-        if self._current is not None:
-            self._finish(self._current)
-            self._current = None
+        current, self._current = self._current, None
+        if current is not None:
+            self._finish(current)
         while self._ahead:
             self._finish(self._ahead.popleft())
         for wait_until in self._busy.values():
@@ -161,13 +156,9 @@ class BlockReader:
         if storage is None:
             return _Read(run, None, self._submit_action(lambda: [self._store.read(run[0])]))
         begin, end = run_span(run)
-        buffer = self._buffers.take(end - begin)
-        try:
-            until = self._busy.pop(buffer.data_ptr(), None)
-            return _Read(run, buffer, self._submit_action(_read_into, storage, run, buffer, until))
-        except BaseException:
-            self._buffers.give_back(buffer)
-            raise
+        buffer = self._buffers.take(end - begin)  # if asking fails it is dropped, and so free once nobody reads into it
+        until = self._busy.pop(buffer.data_ptr(), None)
+        return _Read(run, buffer, self._submit_action(_read_into, storage, run, buffer, until))
 
     def _failed(self, read: _Read) -> bool:
         """Whether a read that is under way comes to nothing."""

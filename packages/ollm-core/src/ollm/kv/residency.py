@@ -69,17 +69,11 @@ class Piece:
         self.stop = extent.stop
         self.claim.used += extent.key.tokens * self.bytes_per_token
 
-    def take_over(self, other: Piece) -> None:
-        """Copy all that another piece has into this one, which is empty and begins at the same position or later."""
-        block = other.view(self.start, other.stop)
-        span = slice(0, other.stop - self.start)
-        self.keys[:, :, span] = block.keys
-        self.values[:, :, span] = block.values
-        self.extents, self.stop, self.claim.used = other.extents, other.stop, other.claim.used
-
     def drop(self, location: Location) -> None:
-        self.claim.used -= self.extents.pop(location).key.tokens * self.bytes_per_token
+        """Forget an extent, if it is here."""
+        self.extents.pop(location, None)
         self.stop = max((extent.stop for extent in self.extents.values()), default=self.start)
+        self.claim.used = sum(extent.key.tokens for extent in self.extents.values()) * self.bytes_per_token
 
     def view(self, start: int, stop: int) -> KVBlock:
         """Tokens `start … stop - 1`."""
@@ -87,27 +81,14 @@ class Piece:
         return KVBlock(self.keys[:, :, span], self.values[:, :, span])
 
 
-@attrs.frozen
-class Share:
-    """A budget, shared evenly between the layers of a model; a cache and its forks draw on the same shares."""
-
-    nbytes: int
-    """Of each layer."""
-
-    @classmethod
-    def even(cls, budget: int, layers: int) -> Share:
-        """The share of each of so many layers."""
-        return cls(budget // layers if layers else 0)
-
-
 class Residency:
     """Keeps blocks on one device, within each layer's share."""
 
-    def __init__(self, share: Share, *, device: torch.device, staged: bool = False) -> None:
+    def __init__(self, share: int, *, device: torch.device, staged: bool = False) -> None:
         """Nothing yet.
 
         Args:
-            share: of each layer. Where the ledger has less by then, less is kept.
+            share: bytes of each layer. Where the ledger has less by then, less is kept.
             device: where the blocks stay.
             staged: whether blocks are copied to an accelerator for every use: then each extent is a piece of its own,
                 contiguous and in page-locked memory.
@@ -124,7 +105,7 @@ class Residency:
     def extent_bytes(self) -> int:
         """The largest extent that core should cut: parts that fill a layer's share, within what disks like. The
         largest ones if they fill all but a thirty-second."""
-        share = self._share.nbytes
+        share = self._share
         if share < LEAST_EXTENT_BYTES or share % EXTENT_BYTES <= share // 32:
             return EXTENT_BYTES
         return share // -(-share // EXTENT_BYTES)
@@ -135,19 +116,19 @@ class Residency:
         return sum(piece.claim.used for pieces in self._pieces.values() for piece in pieces)
 
     def offer(self, extent: Extent, block: KVBlock) -> bool:
-        """Keep a copy of a block if its layer's share has room; says whether it did."""
-        pieces = self._pieces.setdefault((extent.key.layer, extent.key.branch), [])
+        """Keep a copy of a block if its layer's share has room; says whether it did. Whoever is interrupted in this
+        drops the extent."""
+        key = extent.key.layer, extent.key.branch
+        pieces = self._pieces.get(key, [])
         last = pieces[-1] if pieces and pieces[-1].is_before(extent) else None
-        if last is None or not last.has_room(extent):
-            larger = last is not None and self._grow(last, extent)
-            piece = None if larger else self._new_piece(extent)
-            if piece is not None:
-                pieces.append(piece)
-            elif not larger:
-                return False
-        pieces[-1].put(extent, block)
-        self._home[extent.location] = pieces[-1]
+        fits = last is not None and (last.has_room(extent) or self._grow(last, extent))
+        piece = last if fits else self._new_piece(extent)
+        if piece is None:
+            return False
         self.version += 1
+        # at once, and before anything of it is kept, so that `drop` finds all
+        self._home[extent.location], self._pieces[key] = piece, pieces if fits else [*pieces, piece]
+        piece.put(extent, block)
         return True
 
     def home(self, extent: Extent) -> Piece | None:
@@ -156,36 +137,45 @@ class Residency:
 
     def drop(self, location: Location) -> None:
         """Forget a block."""
-        piece = self._home.pop(location, None)
+        piece = self._home.get(location)
         if piece is None:
             return
         self.version += 1
-        key = piece.extents[location].key
         piece.drop(location)
         if not piece.extents:
-            pieces = self._pieces[key.layer, key.branch]
-            pieces.remove(piece)
-            if not pieces:
-                del self._pieces[key.layer, key.branch]
+            kept = {key: [one for one in pieces if one is not piece] for key, pieces in self._pieces.items()}
+            self._pieces = {key: pieces for key, pieces in kept.items() if pieces}
             piece.claim.release()
+        del self._home[location]
 
     def clear(self) -> None:
         """Forget everything."""
-        for location in list(self._home):
-            self.drop(location)
+        self.version += 1
+        for pieces in self._pieces.values():
+            for piece in pieces:
+                piece.claim.release()
+        self._pieces.clear()
+        self._home.clear()
 
     def _grow(self, piece: Piece, extent: Extent) -> bool:
-        """Copy a full piece into a larger one, with room for `extent`; says whether that was possible."""
+        """Move what a full piece has into larger tensors, with room for `extent`; says whether that was possible."""
         if self._staged or piece.nbytes >= MOST_PIECE_BYTES:
             return False
         larger = self._new_piece(extent, before=piece)
         if larger is None:
             return False
-        larger.take_over(piece)
-        self._home.update(dict.fromkeys(larger.extents, larger))
-        pieces = self._pieces[extent.key.layer, extent.key.branch]
-        pieces[pieces.index(piece)] = larger
-        piece.claim.release()
+        try:
+            block, span = piece.view(larger.start, piece.stop), slice(0, piece.stop - larger.start)
+            larger.keys[:, :, span] = block.keys
+            larger.values[:, :, span] = block.values
+            larger.claim.used = piece.claim.used
+        except BaseException:
+            larger.claim.release()
+            raise
+        self.version += 1  # routes have views of the smaller ones
+        smaller = piece.claim
+        piece.keys, piece.values, piece.claim, piece.start = larger.keys, larger.values, larger.claim, larger.start
+        smaller.release()
         return True
 
     def _new_piece(self, extent: Extent, *, before: Piece | None = None) -> Piece | None:
@@ -204,7 +194,7 @@ class Residency:
         # whole extents of this size, for one that does not fit into the rest of a piece begins the next
         most = 0 if self._staged else wanted // per_token // key.tokens * key.tokens
         needed = extent.stop - start
-        room = min((self._share.nbytes - taken) // per_token, max(most, needed))
+        room = min((self._share - taken) // per_token, max(most, needed))
         if room < needed:
             return None
         claim = ledger.try_claim("resident keys and values", room * per_token, self._device)

@@ -60,6 +60,10 @@ class RoutePlanner:
             known = self._routes[entries] = self._made(entries)
         return known
 
+    def clear(self) -> None:
+        """Forget all routes, and with them the memory that they refer to."""
+        self._routes.clear()
+
     def _made(self, entries: Entries) -> Route:
         joined: list[tuple[Piece, Entry, int]] = []  # a piece, the first entry in it, and where the last one ends
         encoded: list[Entry] = []

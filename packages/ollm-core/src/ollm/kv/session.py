@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -60,14 +59,14 @@ class KVSession:
         self.counters = KVCounters()
         self.table = BlockTable()
         self._claims = list(claims)
-        self._dropped_branches: deque[Callable[[], None]] = deque()
+        self._dropped: dict[int, Callable[[], None]] = {}  # caches, and how they give up what they have
         self.source = BlockSource(
             store, plan, strategy=strategy, layers=layers, lossless=lossless,
             device=device or torch.device("cpu"), counters=self.counters,
         )  # fmt: skip
         self.writer = Writer(
             store, plan, strategy=strategy, lossless=lossless, table=self.table, source=self.source,
-            counters=self.counters, give_back=self.give_back,
+            counters=self.counters, give_back=functools.partial(_give_back, self.table, self.source, store),
         )  # fmt: skip
 
     def join(self) -> int:
@@ -76,28 +75,27 @@ class KVSession:
         return self.table.join()
 
     def leave(self, branch: int, give_up: Callable[[], None]) -> None:
-        """One cache less: `give_up` drops what it has; with the last one everything ends. May be called twice."""
-        if self.table.branches == {branch}:
-            self.close()
-        elif branch in self.table.branches:
-            give_up()
-        self.table.leave(branch)
+        """One cache less: `give_up` drops what it has; with the last one everything ends. May be called until it has
+        succeeded, and afterwards."""
+        try:
+            if self.table.branches - self._dropped.keys() <= {branch}:
+                self.close()
+            else:
+                give_up()
+        finally:
+            self.table.leave(branch)
 
     def leave_soon(self, branch: int, give_up: Callable[[], None]) -> None:
         """The same for a cache that was dropped, perhaps by the garbage collector in the midst of anything: takes place
         when another one goes on. If there is no other, what they shared is garbage as well, and ends by itself."""
-        if self.table.branches == {branch}:
-            self.table.leave(branch)
-        else:
-            self._dropped_branches.append(functools.partial(self.leave, branch, give_up))
+        self._dropped[branch] = give_up
+        if self.table.branches <= self._dropped.keys():
+            self._dropped.clear()  # which kept this alive
 
     def give_back(self) -> None:
-        """Free what no list has any more and nobody reads. The last step of whoever drops something: it may be
-        interrupted, and costs only space then."""
-        free = self.table.take_unread()
-        if free:
-            self.source.forget(free)
-            self.store.free(free)
+        """Free what no list has any more and nobody reads. The last step of whoever drops something: if it is
+        interrupted, the next one does it, or it costs only space."""
+        _give_back(self.table, self.source, self.store)
 
     def raise_failed(self) -> None:
         """Raise what the background failed with since the last call; see `Storage.raise_failed`."""
@@ -106,7 +104,8 @@ class KVSession:
             self.store.storage.raise_failed()
 
     def close(self) -> None:
-        """End all reading, close the store and forget what is resident. May be called twice."""
+        """End all reading, close the store and forget what is resident. May be called until it has succeeded, and
+        afterwards."""
         with ExitStack() as steps:  # from the last to the first; the next one is done even if one fails
             for claim in self._claims:
                 steps.callback(claim.release)
@@ -114,5 +113,25 @@ class KVSession:
             steps.callback(self.source.close)
 
     def _tidy(self) -> None:
-        while self._dropped_branches:
-            self._dropped_branches.popleft()()
+        while self._dropped:
+            branch, give_up = next(iter(self._dropped.items()))
+            try:
+                self.leave(branch, give_up)
+            except Exception:  # who comes next need not meet it again; after an interrupt the next one goes on
+                self._dropped.pop(branch, None)
+                raise
+            self._dropped.pop(branch, None)
+
+
+def _give_back(table: BlockTable, source: BlockSource, store: KVStore) -> None:
+    due = table.due()
+    if not due.drops:
+        return
+    try:
+        if due.free:
+            source.forget(due.free)
+            store.free(due.free)
+    except Exception:  # who comes next need not meet it again
+        table.settle(due)
+        raise
+    table.settle(due)  # not after an interrupt: the next one frees them, before anything is written

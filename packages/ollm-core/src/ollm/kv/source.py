@@ -25,7 +25,7 @@ from ollm.io.streams import CudaStreams
 from ollm.kv.encoded import EncodedResidency, Scratch
 from ollm.kv.parts import Part, PartReader
 from ollm.kv.reader import BlockReader, Run, check_raw
-from ollm.kv.residency import Residency, Share
+from ollm.kv.residency import Residency
 from ollm.kv.route import Route, RoutePlanner
 from ollm.kv.state import KVCounters
 from ollm.kv.table import Entries, Entry, take
@@ -60,33 +60,40 @@ class BlockSource:
         self._device = device
         self._counters = counters
         staged = device.type == "cuda"
+
+        def share(budget: int) -> int:
+            return budget // len(layers) if layers else 0
+
         keep = lossless and not store.in_memory
-        host = Residency(Share.even(plan.resident_bytes * keep, len(layers)), device=torch.device("cpu"), staged=staged)
-        on_device = Residency(Share.even(plan.resident_bytes_device * keep, len(layers)), device=device)
+        host = Residency(share(plan.resident_bytes * keep), device=torch.device("cpu"), staged=staged)
+        on_device = Residency(share(plan.resident_bytes_device * keep), device=device)
         self._tiers = (on_device, host) if staged else (host,)
-        encoded = 0 if lossless or store.in_memory else plan.resident_bytes
-        self._encoded = EncodedResidency(Share.even(encoded, len(layers)), pinned=staged)
+        self._encoded = EncodedResidency(
+            share(0 if lossless or store.in_memory else plan.resident_bytes), pinned=staged
+        )
         self._routes = RoutePlanner(self._tiers, self._encoded, in_files=store.storage is not None)
         self._decoded = Scratch(device)
-        self._undo = ExitStack()
         self._reader: BlockReader | None = None
         self._ring: DeviceRing | None = None
         self._parts: PartReader | None = None
-        with ExitStack() as undo:  # until all is made
+        ends = [self._routes.clear, *(tier.clear for tier in (*self._tiers, self._encoded)), self._decoded.close]
+        self._ends: list[Callable[[], None]] = ends  # each may be called again; the last first
+        with ExitStack() as undo:
+            undo.callback(self.close)
             if staged:
                 streams = CudaStreams(device)
                 self._ring = DeviceRing("Staging buffers", device, BUFFER_BYTES, streams, count=_ON_THE_DEVICE)
-                undo.callback(self._ring.close)
+                self._ends.append(self._ring.close)
             if not store.in_memory:
                 buffers = BufferPool("Read buffers", plan.read_buffers, BUFFER_BYTES, pinned=staged)
-                undo.callback(buffers.close)
+                self._ends.append(buffers.close)
                 if store.storage is None:
                     scheduler = scheduler_of(None)
-                    undo.callback(scheduler.release)
+                    self._ends.append(scheduler.release)
                 submit = scheduler.submit if store.storage is None else store.storage.submit
                 self._reader = BlockReader(store, submit, strategy=strategy, buffers=buffers, counters=counters)
-                undo.callback(self._reader.cancel)
-            self._undo = undo.pop_all()
+                self._ends.append(self._reader.cancel)
+            undo.pop_all()
 
     @property
     def resident_bytes(self) -> int:
@@ -102,11 +109,6 @@ class BlockSource:
     def buffer_bytes(self) -> int:
         """Memory of the buffers for reading and decoding."""
         return sum(part.buffer_bytes for part in (self._reader, self._parts) if part) + self._decoded.nbytes
-
-    @property
-    def reads_in_flight(self) -> int:
-        """Reads that were asked for and whose bytes were not used yet."""
-        return 0 if self._reader is None else self._reader.in_flight
 
     def keep(self, extent: Extent, block: KVBlock) -> None:
         """Keep a copy of what was just stored, where there is room."""
@@ -171,25 +173,18 @@ class BlockSource:
 
     def tensors(self, entry: Entry, device: torch.device) -> tuple[Tensor, Tensor]:
         """Keys and values of a pinned entry, as the rows of today, as tensors of their own."""
-        layout, rows = entry.extent.layout, entry.extent.key.rows if entry.row_map is None else len(entry.row_map)
-        keys, values = (
-            torch.empty(rows, layout.kv_heads, entry.extent.visible, size, dtype=layout.dtype, device=device)
-            for size in (layout.key_size, layout.value_size)
-        )
+        whole = KVBlock.empty(entry.extent.layout, entry.rows, entry.extent.visible, device=device)
         for block in self.blocks(Entries((entry,)), lambda: ()):
             span = slice(block.start - entry.start, block.stop - entry.start)
-            keys[:, :, span] = take(block.keys, block.row_map) * block.key_scale
-            values[:, :, span] = take(block.values, block.row_map) * block.value_scale
-        return keys, values
+            whole.keys[:, :, span] = take(block.keys, block.row_map) * block.key_scale
+            whole.values[:, :, span] = take(block.values, block.row_map) * block.value_scale
+        return whole.keys, whole.values
 
     def close(self) -> None:
-        """End all reading and forget what is resident. May be called twice."""
-        self._undo.close()
-        for tier in (*self._tiers, self._encoded):
-            tier.clear()
-        self._decoded.close()
-        if self._parts is not None:
-            self._parts.close()
+        """End all reading and forget what is resident. May be called until it has succeeded, and afterwards."""
+        with ExitStack() as steps:  # from the last to the first; the next one is done even if one fails
+            for end in self._ends:
+                steps.callback(end)
 
     def _cold(self, route: Route, following: Following, out: Outputs) -> Generator[Iterator[Block], None, None]:
         """What must be read: for each run, or entry that is cut, its blocks."""
@@ -241,6 +236,7 @@ class BlockSource:
         if self._parts is None:
             assert self._store.storage is not None
             self._parts = PartReader(self._store.storage)
+            self._ends.append(self._parts.close)
         extent = entry.extent
         (block,) = self._parts.read([Part(extent, range(extent.layout.kv_heads), range(extent.visible))])
         self._counters.loaded_bytes += block.keys.nbytes + block.values.nbytes

@@ -9,6 +9,7 @@ its bytes.
 from __future__ import annotations
 
 import itertools
+import weakref
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -42,6 +43,11 @@ class Entry:
         """Position after its last token."""
         return self.extent.stop
 
+    @property
+    def rows(self) -> int:
+        """Rows of the batch of today."""
+        return self.extent.key.rows if self.row_map is None else len(self.row_map)
+
 
 @attrs.frozen(eq=False)
 class Entries:
@@ -57,76 +63,106 @@ class Entries:
         return len(self.items)
 
 
+@attrs.define(eq=False)
+class Reader:
+    """Somebody who walks lists: until it leaves, or is dropped, whatever any list had when it came stays where it is.
+    One object is made, however many extents there are."""
+
+    moment: int
+    reading: bool = True
+
+    def leave(self) -> None:
+        """May be called twice, by any thread: it takes one step and frees nothing."""
+        self.reading = False
+
+
+@attrs.frozen
+class Due:
+    """What can be freed."""
+
+    drops: int
+    """How often a list dropped something."""
+    free: tuple[Location, ...]
+    """Where that is what no list has any more, each once."""
+    shared: dict[Location, int]
+    """How many lists have the rest of it still."""
+
+
 class BlockTable:
-    """The lists of all layers of a cache and its forks. Changed by one thread; `pinned` may end in any."""
+    """The lists of all layers of a cache and its forks. Changed by one thread; readers may leave in any."""
 
     def __init__(self) -> None:
-        self._lists: Counter[Location] = Counter()  # how many have an extent
+        self._lists: dict[Location, int] = {}  # how many have an extent, those that dropped it until that is settled
         self._dropped: deque[tuple[int, Location]] = deque()
         self._moment = 0  # counts what was dropped
-        self._readers: dict[int, int] = {}  # the moment at which each began
-        self._reader_numbers = itertools.count()
+        self._readers: list[weakref.ref[Reader]] = []
+        self._numbers = itertools.count()
         self.branches: set[int] = set()
         """The numbers of the caches that share the store: the first one and its forks."""
 
     def join(self) -> int:
-        """A cache more; its number, the smallest that none has: `BlockKey.branch`."""
-        branch = next(number for number in itertools.count() if number not in self.branches)
+        """A cache more; its number, which none had before: `BlockKey.branch`."""
+        branch = next(self._numbers)
         self.branches.add(branch)
         return branch
 
     def leave(self, branch: int) -> None:
-        """A cache less, whose layers are empty by now."""
+        """A cache less, whose layers are empty by now. May be called twice."""
         self.branches.discard(branch)
 
-    def pin(self) -> int:
-        """A reader more: whatever any list has now stays where it is until `unpin`. One number is given, however many
-        extents there are."""
-        number = next(self._reader_numbers)
-        self._readers[number] = self._moment
-        return number
-
-    def unpin(self, reader: int) -> None:
-        """A reader less. May be called twice, by any thread, and by the garbage collector in the midst of anything:
-        it takes one step and frees nothing."""
-        self._readers.pop(reader, None)
+    def pin(self) -> Reader:
+        """A reader more."""
+        reader = Reader(self._moment)
+        self._readers.append(weakref.ref(reader))
+        return reader
 
     @contextmanager
     def pinned(self) -> Iterator[None]:
-        """Pin until the end of the `with` block."""
+        """A reader until the end of the `with` block."""
         reader = self.pin()
         try:
             yield
         finally:
-            self.unpin(reader)
+            reader.leave()
 
-    def take_unread(self) -> list[Location]:
-        """Where dropped extents are that nobody reads any more, each once."""
-        unread: list[Location] = []
-        if self._dropped:
-            oldest = min(list(self._readers.values()), default=self._moment)
-            while self._dropped and self._dropped[0][0] < oldest:
-                unread.append(self._dropped.popleft()[1])
-        return unread
+    def due(self) -> Due:
+        """What was dropped and nobody reads any more."""
+        readers = [reader for one in self._readers if (reader := one()) is not None and reader.reading]
+        self._readers = [*map(weakref.ref, readers)]
+        oldest = min((reader.moment for reader in readers), default=self._moment)
+        due = [location for _, location in itertools.takewhile(lambda dropped: dropped[0] < oldest, self._dropped)]
+        left = {location: self._lists.get(location, 0) - times for location, times in Counter(due).items()}
+        free = tuple(location for location, lists in left.items() if lists <= 0)
+        return Due(len(due), free, {location: lists for location, lists in left.items() if lists > 0})
+
+    def settle(self, due: Due) -> None:
+        """All of this is done with."""
+        rest = deque(itertools.islice(self._dropped, due.drops, None))
+        lists = {**self._lists, **due.shared} if due.shared else self._lists
+        self._dropped, self._lists = rest, lists  # at once: an interrupt leaves neither without the other
+        for location in due.free:
+            self._lists.pop(location, None)  # else `add` sets it right
+
+    def add(self, entries: Iterable[Entry]) -> None:
+        """A list has these, which were just written."""
+        self._lists.update({entry.extent.location: 1 for entry in entries})
 
     def share(self, entries: Iterable[Entry]) -> None:
         """One list more has these."""
-        self._lists.update(entry.extent.location for entry in entries)
+        self._lists.update({location: self._lists.get(location, 0) + 1 for location in _locations(entries)})
 
     def discard(self, locations: Iterable[Location]) -> None:
         """These were written, and no list will have them."""
-        self._dropped.extend((self._moment, location) for location in locations)
+        self._dropped.extend([(self._moment, location) for location in locations])
         self._moment += 1
 
     def drop(self, entries: Iterable[Entry]) -> None:
         """One list less has these."""
-        for entry in entries:
-            location = entry.extent.location
-            self._lists[location] -= 1
-            if not self._lists[location]:
-                del self._lists[location]
-                self._dropped.append((self._moment, location))
-        self._moment += 1
+        self.discard(_locations(entries))
+
+
+def _locations(entries: Iterable[Entry]) -> list[Location]:
+    return [entry.extent.location for entry in entries]
 
 
 class LayerTable:
@@ -154,7 +190,7 @@ class LayerTable:
         too."""
         new, before = tuple(map(Entry, extents)), self.entries.items
         old = before[-1:] if instead_of_last else ()
-        self._table.share(new)
+        self._table.add(new)
         self.entries = Entries((*before[: len(before) - len(old)], *new))
         self.tokens = new[-1].stop
         self._table.drop(old)
@@ -186,16 +222,27 @@ class LayerTable:
         self.first_kept = gone[-1].stop
 
     def rows_selected(self, index: Tensor) -> Entries:
-        """What the layer would hold for the batch `batch[index]`. Entries with one map share the new one, too.
+        """What the layer would hold for the batch `batch[index]`: what it holds, if all rows stay. Entries
+        with one map share the new one, too.
 
         Raises:
             IndexError: there is no such row.
         """
+        if not self.entries:
+            return self.entries
+        rows = self.entries.items[0].rows
+        if torch.equal(index, torch.arange(rows)):
+            return self.entries
+        if len(index) and not 0 <= int(index.min()) <= int(index.max()) < rows:
+            raise IndexError(f"there are {rows} rows, and rows {index.tolist()} were asked for")
         maps: dict[int, Tensor] = {}
-        for entry in self.entries:
-            if id(entry.row_map) not in maps:
-                maps[id(entry.row_map)] = index if entry.row_map is None else entry.row_map[index]
-        return Entries(tuple(attrs.evolve(entry, row_map=maps[id(entry.row_map)]) for entry in self.entries))
+        selected = []
+        for entry in self.entries.items:
+            before = entry.row_map
+            if id(before) not in maps:
+                maps[id(before)] = index if before is None else before[index]
+            selected.append(Entry(entry.extent, maps[id(before)]))
+        return Entries(tuple(selected))
 
     def fork(self, branch: int) -> LayerTable:
         """The list of another cache that goes on from here."""

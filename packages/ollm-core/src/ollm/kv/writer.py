@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 
 from torch import Tensor
 
@@ -77,8 +78,16 @@ class Writer:
         if flush < pending.tokens:
             rest.append(*pending.slice(flush, pending.tokens))
         start = short.start if short else layer.tokens
-        extents = self._write(layer, start, layout, pending, flush)
-        layer.append(extents, instead_of_last=short is not None)
+        before, written = layer.entries, list[Location]()
+        try:
+            extents = self._write(layer, start, layout, pending, flush, written)
+            layer.append(extents, instead_of_last=short is not None)
+        except BaseException:
+            if layer.entries is before:
+                self._table.discard(written)
+                with suppress(Exception):  # the first error is told, and what is not freed now the next one frees
+                    self._give_back()
+            raise
         self._counters.spills += 1
         self._counters.saved_bytes += layout.nbytes(rows, layer.tokens - (short.stop if short else start))
         return rest
@@ -92,23 +101,20 @@ class Writer:
         return last if last.extent.visible < (self._store.extent_tokens or 0) else None
 
     def _write(
-        self, layer: LayerTable, start: int, layout: KVLayout, pending: Pending, tokens: int
+        self, layer: LayerTable, start: int, layout: KVLayout, pending: Pending, tokens: int, written: list[Location]
     ) -> Sequence[Extent]:
-        """Store the first `tokens` of what is pending, the first of which has position `start`."""
+        """Store the first `tokens` of what is pending, the first of which has position `start`. Where anything is
+        stored is added to `written`."""
         extents: list[Extent] = []
-        try:
-            for low, high in cuts(tokens, self._extent_tokens(layout, pending.rows, tokens)):
-                key = BlockKey(layer.layer, layer.branch, start + low, high - low, pending.rows)
-                block = KVBlock(*pending.slice(low, high))
-                began = time.perf_counter()
-                location = self._store.write(block, key)
-                self._counters.save_seconds += time.perf_counter() - began
-                extents.append(Extent.of(key, layout, self._checked(location, key)))
-                self._source.keep(extents[-1], block)
-        except BaseException:
-            self._table.discard(extent.location for extent in extents)
-            self._give_back()
-            raise
+        for low, high in cuts(tokens, self._extent_tokens(layout, pending.rows, tokens)):
+            key = BlockKey(layer.layer, layer.branch, start + low, high - low, pending.rows)
+            block = KVBlock(*pending.slice(low, high))
+            began = time.perf_counter()
+            written.append(self._store.write(block, key))
+            self._check(written, key)
+            self._counters.save_seconds += time.perf_counter() - began
+            extents.append(Extent.of(key, layout, written[-1]))
+            self._source.keep(extents[-1], block)
         return extents
 
     def _extent_tokens(self, layout: KVLayout, rows: int, tokens: int) -> int:
@@ -119,11 +125,12 @@ class Writer:
             return tokens  # nothing is read: the fewer, the better
         return even(tokens, max(min(self._source.extent_bytes, EXTENT_BYTES) // layout.nbytes(rows, 1), 1))
 
-    def _checked(self, location: object, key: BlockKey) -> Location:
-        """What a store answered, once it can be an answer."""
+    def _check(self, written: list[Location], key: BlockKey) -> None:
+        """Whether what a store answered last can be an answer."""
+        location: object = written[-1]
         if not isinstance(location, Location) or location.nbytes < 0:
+            written.pop()
             raise StoreContractError(
                 f"KV store '{self._strategy}': write() of {key.tokens} tokens at {key.start} of layer {key.layer} gave "
                 f"{location!r}; it must give the Location where they are."
             )
-        return location

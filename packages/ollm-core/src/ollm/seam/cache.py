@@ -10,7 +10,7 @@ import functools
 import logging
 import weakref
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from types import TracebackType
 from typing import Any, NoReturn, Self
 
@@ -240,12 +240,16 @@ class KVCache(Cache):
         )
 
     def close(self) -> None:
-        """Free everything that no fork needs, on disk too. May be called twice; the cache cannot be used afterwards."""
-        if not self._closed:
-            self._closed = True
-            self.changes.undo()
-            self._leave.detach()
-            self._session.leave(self._branch, functools.partial(_close_all, list(self._stored.values())))
+        """Free everything that no fork needs, on disk too; the cache cannot be used afterwards.
+
+        Does all that it can, whatever fails, and may be called until it has succeeded: after Ctrl-C, or once the disk
+        lets its files be removed. What is left then goes when the program ends.
+        """
+        self._closed = True
+        with ExitStack() as steps:  # from the last to the first; the next one is done even if one fails
+            steps.callback(self._session.leave, self._branch, functools.partial(_close_all, [*self._stored.values()]))
+            steps.callback(self.changes.undo)
+        self._leave.detach()
 
     def __enter__(self) -> Self:
         return self
@@ -297,5 +301,6 @@ class KVCache(Cache):
 
 def _close_all(histories: Sequence[LayerHistory]) -> None:
     """Drop what is a cache's own."""
-    for history in histories:
-        history.close()
+    with ExitStack() as steps:  # the next one is done even if one fails
+        for history in histories:
+            steps.callback(history.close)

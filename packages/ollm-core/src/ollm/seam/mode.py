@@ -55,13 +55,17 @@ def switch_on(model: Any, layers: Sequence[Any]) -> Callable[[], None]:
         BlockModeError: when the model's attention cannot be exchanged; the model is as it was.
     """
     attention.register()
-    with Changes() as changes:
+    changes = Changes()
+    try:
         for config in _configs_that_take(attention.NAME, model):
             changes.set(config, _ATTENTION, attention.NAME)
         if decoder_config(model)._attn_implementation != attention.NAME:
             raise BlockModeError("its attention cannot be exchanged")
         take_in_pieces(layers, changes)
-        return changes.pop_all().close
+        return changes.close
+    except BaseException:
+        changes.close()
+        raise
 
 
 def _configs_that_take(name: str, model: Any) -> list[Any]:

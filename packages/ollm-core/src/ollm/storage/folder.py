@@ -8,6 +8,7 @@ are ever deleted, and nothing of one that is kept. This module knows nothing of 
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
 import re
@@ -20,6 +21,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from ollm.contracts.storage import Folder
+from ollm.endings import end
 from ollm.errors import CacheBusyError, CacheDirectoryError, ConfigurationError, OllmError, StorageError
 from ollm.io import shim
 
@@ -67,7 +69,7 @@ class CacheFolder(Folder):
         """Whether nothing of an earlier cache is in it."""
         self.kept = kept
         """Whether it stays when it is closed."""
-        self._held = path, lock_fd, os.getpid()
+        self._held = path, _Lock(lock_fd), os.getpid()
         self._close = weakref.finalize(self, _let_go if kept else _remove_owned, *self._held)
 
     @classmethod
@@ -182,15 +184,15 @@ class CacheFolder(Folder):
             shim.disk.fsync_folder(self.path)
 
     def close(self) -> None:
-        """As in the contract. With the last folder, its parent goes too."""
-        self._close()
+        """As in the contract. With the last folder, its parent goes too. Until all is removed the lock is held."""
+        end(self._close)
 
     def give_up(self) -> None:
         """Close it; one that was made for a cache that could not be made is removed, also if it was to be kept."""
-        if self.is_new and self._close.detach():
-            _remove_owned(*self._held)
-        else:
-            self._close()
+        if self.is_new and self._close.alive:
+            self._close.detach()
+            self._close = weakref.finalize(self, _remove_owned, *self._held)
+        self.close()
 
 
 @contextmanager
@@ -204,19 +206,46 @@ def _typed(place: Path) -> Iterator[None]:
         ) from error
 
 
-def _let_go(path: Path, lock_fd: int, owner: int) -> None:
+class _Lock:
+    """A descriptor that holds a lock, until it is closed."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd: int | None = fd
+
+    def close(self) -> None:
+        """May be called twice."""
+        fd, self._fd = self._fd, None
+        if fd is not None:
+            shim.disk.close(fd)
+
+
+def _let_go(path: Path, lock: _Lock, owner: int) -> None:
     if os.getpid() == owner:
-        shim.disk.close(lock_fd)
+        lock.close()
 
 
-def _remove_owned(path: Path, lock_fd: int, owner: int) -> None:
+def _remove_owned(path: Path, lock: _Lock, owner: int) -> None:
+    """May be called until it has succeeded, and afterwards. What cannot be removed is tried once more at exit."""
     if os.getpid() != owner:
         return
     try:
         _remove_folder(path)
-    finally:
-        shim.disk.close(lock_fd)
+    except BaseException:
+        _left.append((path, lock, owner))
+        raise
+    lock.close()
     _remove_root_if_empty(path.parent)
+
+
+_left: list[tuple[Path, _Lock, int]] = []
+"""Folders that could not be removed."""
+
+
+@atexit.register
+def _remove_left() -> None:
+    for path, lock, owner in _left[:]:
+        with suppress(OSError):
+            _remove_owned(path, lock, owner)
 
 
 def _make_folders(path: Path) -> list[Path]:
@@ -342,15 +371,21 @@ def _remove_folder(path: Path) -> None:
         names = shim.disk.listdir(path)
     except FileNotFoundError:
         return
-    for name in sorted(names, key=lambda name: name == LOCK):
-        if _KNOWN_FILE.fullmatch(name):
-            with suppress(FileNotFoundError):
-                shim.disk.unlink(path / name)
-        else:
-            logger.warning("%s is no file of ollm's, so it stays, and so does its folder.", path / name)
+    with ExitStack() as steps:  # the next one is removed even if one cannot be; but then neither lock nor folder
+        for name in names:
+            if not _KNOWN_FILE.fullmatch(name):
+                logger.warning("%s is no file of ollm's, so it stays, and so does its folder.", path / name)
+            elif name != LOCK:
+                steps.callback(_unlink, path / name)
+    _unlink(path / LOCK)
     if all(_KNOWN_FILE.fullmatch(name) for name in names):
         with suppress(FileNotFoundError):
             shim.disk.rmdir(path)
+
+
+def _unlink(path: Path) -> None:
+    with suppress(FileNotFoundError):
+        shim.disk.unlink(path)
 
 
 def _remove_root_if_empty(root: Path) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import attrs
@@ -64,7 +64,9 @@ class Manifest:
             "layers": [
                 {
                     **{name: getattr(layer, name) for name in _OF_LAYER},
-                    "runs": [_run_json(run, layouts, self.checksums) for run in _runs(layer.entries, compact_from)],
+                    "runs": [
+                        _run_json(run, layouts, self.checksums) for run in _compacted(layer.entries, compact_from)[0]
+                    ],
                 }
                 for layer in self.layers
             ],
@@ -73,6 +75,10 @@ class Manifest:
         raw = _begins(_checksum(raw)) + raw
         expect(len(raw) <= MAX_MANIFEST_BYTES, f"larger than {MAX_MANIFEST_BYTES} bytes")
         return raw
+
+    def compactions(self, *, compact_from: int) -> int:
+        """How often contiguous runs became fewer, on the way to those that `to_json` writes."""
+        return sum(_compacted(layer.entries, compact_from)[1] for layer in self.layers)
 
     @classmethod
     def from_json(cls, raw: bytes) -> Manifest:
@@ -125,26 +131,27 @@ def _checksum(rest: bytes) -> str:
     return xxhash.xxh3_64_hexdigest(rest)
 
 
-def _runs(entries: Sequence[KeptEntry], compact_from: int) -> Iterator[_Run]:
-    """A layer's entries in as many runs as there are entries, or fewer where one of its branches has enough of them.
-    Depends on nothing but the entries."""
+def _compacted(entries: Sequence[KeptEntry], compact_from: int) -> tuple[list[_Run], int]:
+    """A layer's entries in as many runs as there are entries, or fewer where one of its branches has enough of them;
+    and how often they became fewer. Depends on nothing but the entries."""
     joins = [False, *map(_is_followed_by, entries, entries[1:])]  # whether each goes on where the one before ends
-    runs, whole = Counter[int](), Counter[int]()  # of each branch: now, and if all that is contiguous were joined
-    compacted: dict[int, int] = {}  # where each branch is not joined yet
+    count, whole = Counter[int](), Counter[int]()  # runs of each branch: now, and if all that is contiguous were joined
+    joined: dict[int, int] = {}  # where each branch is not joined yet
+    compactions = 0
     for place, entry in enumerate(entries):
         branch = entry.extent.key.branch
-        runs[branch] += 1
+        count[branch] += 1
         whole[branch] += not joins[place]
-        if runs[branch] >= compact_from and runs[branch] > whole[branch]:
-            runs[branch], compacted[branch] = whole[branch], place + 1
-    run: list[KeptEntry] = []
+        if count[branch] >= compact_from and count[branch] > whole[branch]:
+            count[branch], joined[branch] = whole[branch], place + 1
+            compactions += 1
+    runs: list[list[KeptEntry]] = []
     for place, entry in enumerate(entries):
-        if run and not (joins[place] and place < compacted.get(entry.extent.key.branch, 0)):
-            yield run
-            run = []
-        run.append(entry)
-    if run:
-        yield run
+        if joins[place] and place < joined.get(entry.extent.key.branch, 0):
+            runs[-1].append(entry)
+        else:
+            runs.append([entry])
+    return [*runs], compactions
 
 
 def _is_followed_by(entry: KeptEntry, after: KeptEntry) -> bool:

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from ollm.contracts.blocks import BlockKey, Extent, KVBlock, Location, StoreStats
 from ollm.contracts.storage import Pieces, Storage
+from ollm.endings import end
 from ollm.errors import (
     CacheClosedError,
     CacheForkedError,
@@ -92,6 +93,8 @@ class SegmentedStorage(Storage):
         self._compact_from = compact_from
         self._owner = os.getpid()
         self._moved = Moved()
+        self._compactions = 0
+        self._closed = False
         self._begun = False  # whether anything was adopted or written
         new = Manifest(
             lifecycle="persistent" if folder.kept else "runtime-scoped", strategy=strategy,
@@ -180,11 +183,11 @@ class SegmentedStorage(Storage):
                 write_record, target, Extent.of(key, layout, location), tensor_bytes(buffer)[:size], self._moved
             )
             self._writes.submit(location, buffer, size, job)
+            return location
         except BaseException:
             self._writes.give_up(location, buffer)
             self._files.let_go([location])
             raise
-        return location
 
     def raise_failed(self) -> None:
         self._check_usable()
@@ -218,6 +221,7 @@ class SegmentedStorage(Storage):
         except OSError as error:
             raise failed_write(error, self.path, len(raw)) from error
         self._manifest = manifest
+        self._compactions = manifest.compactions(compact_from=self._compact_from)
 
     def adopt(self, extents: Sequence[Extent]) -> None:
         self._check_usable()
@@ -261,8 +265,9 @@ class SegmentedStorage(Storage):
         return self._files.holds(segment)
 
     def close(self) -> None:
+        self._closed = True
         try:
-            self._dispose()
+            end(self._dispose)
         except OSError as error:
             raise StorageError(
                 f"Cannot remove {self.path}: {reason(error)}. Remove it, or leave that to the next cache "
@@ -271,12 +276,15 @@ class SegmentedStorage(Storage):
 
     def stats(self) -> StoreStats:
         return StoreStats(
-            disk_bytes=self._files.disk_bytes, bytes_written=self._moved.written, bytes_read=self._moved.read
+            disk_bytes=self._files.disk_bytes,
+            bytes_written=self._moved.written,
+            bytes_read=self._moved.read,
+            compactions=self._compactions,
         )
 
     def _check_usable(self) -> None:
         self._check_owner()
-        if not self._dispose.alive:
+        if self._closed:
             raise CacheClosedError("This cache is closed: make a new one.")
 
     def _check_owner(self) -> None:
@@ -306,11 +314,17 @@ def _kept_manifest(folder: CacheFolder, new: Manifest) -> Manifest:
 
 
 def _dispose(folder: CacheFolder, files: SegmentFiles, writes: WriteBehind, scheduler: IOScheduler, owner: int) -> None:
-    """End what is being written, close the files and the folder, in the process that made them only."""
+    """End what is being written, close the files and the folder, in the process that made them only. May be called
+    until it has succeeded, and afterwards."""
     if os.getpid() != owner:
         return
     with ExitStack() as steps:  # from the last to the first; the next one is done even if one fails
         steps.callback(scheduler.release)
         steps.callback(folder.close)
-        steps.callback(files.close)
-        steps.callback(writes.close)
+        steps.callback(_end_writing, files, writes)
+
+
+def _end_writing(files: SegmentFiles, writes: WriteBehind) -> None:
+    """Close the files, but not while somebody still writes there: other files may get their numbers."""
+    writes.close()
+    files.close()

@@ -42,7 +42,8 @@ class SegmentedStore(KVStore):
         return self.number(self.file(key, layout)), None
 
     def placed(self, extent: Extent) -> None:
-        """A record went where `place` said, or is where an earlier store put it. Default: nothing."""
+        """A record went where `place` said, or is where an earlier store put it. Default: nothing. If this fails, the
+        record is given to `free`."""
 
     def encode(self, block: KVBlock) -> Sequence[Tensor] | None:
         """The tensors that are written in place of a block, one behind the other; `None`, the default, to keep it as it
@@ -60,9 +61,15 @@ class SegmentedStore(KVStore):
         layout = block.layout
         encoded = self.encode(block)
         segment, at = self.place(key, layout)
-        location = self.storage.write(block, key, segment=segment, at=at, encoded=encoded)
-        self._note(Extent.of(key, layout, location))
-        return location
+        location: Location | None = None
+        try:
+            location = self.storage.write(block, key, segment=segment, at=at, encoded=encoded)
+            self._note(Extent.of(key, layout, location))
+            return location
+        except BaseException:
+            if location is not None:
+                self.free([location])
+            raise
 
     def decode(self, extent: Extent, raw: Tensor, out: KVBlock | None) -> KVBlock:
         return unpack(extent, raw)

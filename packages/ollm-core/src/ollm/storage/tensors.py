@@ -35,13 +35,6 @@ def unpack(extent: Extent, raw: Tensor) -> KVBlock:
     return _views(extent.layout, extent.key.rows, extent.key.tokens, raw)
 
 
-def empty_block(layout: KVLayout, rows: int, tokens: int, raw: Tensor) -> KVBlock:
-    """Keys and values, each contiguous, in the first of some bytes, whatever is in them."""
-    shape, border = (rows, layout.kv_heads, tokens), rows * layout.kv_heads * tokens * layout.key_size
-    flat = raw[: layout.nbytes(rows, tokens)].view(layout.dtype)
-    return KVBlock(flat[:border].view(*shape, layout.key_size), flat[border:].view(*shape, layout.value_size))
-
-
 def lay_out(payload: Sequence[Tensor], into: Tensor) -> None:
     """Copy tensors into raw bytes, one behind the other, each as its contiguous elements.
 

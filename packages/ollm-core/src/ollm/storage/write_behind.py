@@ -99,10 +99,8 @@ class WriteBehind:
 
     def give_up(self, location: Location, buffer: Tensor) -> None:
         """Take back a buffer for which `submit` was not called, or did not come to its end."""
-        if location in self._writes:
-            self.forget(location)
-        else:
-            self._buffers.give_back(buffer)
+        self.forget(location)
+        self._buffers.give_back(buffer)
 
     def submit(self, location: Location, buffer: Tensor, nbytes: int, action: Callable[[], None]) -> None:
         """Let a worker run `action`, which writes the first `nbytes` of `buffer` to its location."""
@@ -128,8 +126,9 @@ class WriteBehind:
                 write.action()
             except OSError as error:
                 raise self._explain(error, write.nbytes) from error
-            write.future = Future()
-            write.future.set_result(None)
+            done: Future[None] = Future()
+            done.set_result(None)
+            write.future = done  # at once: nobody waits for one that no worker has
         self._collect()
 
     def flush(self) -> None:

@@ -6,7 +6,6 @@ Holds no module, so that it can be given back when the model that it served is c
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
 from pathlib import Path
 
 import attrs
@@ -51,8 +50,6 @@ class WeightMemory:
         self._layouts = layouts
         self._counters = counters
         self._scheduler = scheduler_of(folder)
-        self._undo = ExitStack()
-        self._undo.callback(self._scheduler.release)
         self._slots_claim: Claim | None = None
 
     @property
@@ -123,10 +120,13 @@ class WeightMemory:
         if not streamed:
             self._free_slots()
         elif not self.slots:
-            claim = ledger.claim("Slots for streamed weights", RING_SLOTS * self.slot_bytes, HOST)
-            self.slots = [_buffer(self.slot_bytes, pinned=self.on_accelerator) for _ in range(RING_SLOTS)]
-            claim.used = RING_SLOTS * self.slot_bytes
-            self._slots_claim = claim
+            self._slots_claim = ledger.claim("Slots for streamed weights", RING_SLOTS * self.slot_bytes, HOST)
+            try:
+                self.slots = [_buffer(self.slot_bytes, pinned=self.on_accelerator) for _ in range(RING_SLOTS)]
+            except BaseException:
+                self._free_slots()
+                raise
+            self._slots_claim.used = RING_SLOTS * self.slot_bytes
         if self.on_accelerator and self.device_ring is None and any(map(self._is_copied, range(len(self._layouts)))):
             self.device_ring = DeviceRing(
                 "Device buffers for weights", self.device, self.slot_bytes, CudaStreams(self.device),
@@ -137,7 +137,7 @@ class WeightMemory:
             self.ring = Ring(reads, self.slots, self._scheduler, self._counters)
 
     def close(self) -> None:
-        """Give everything back, without waiting. May be called twice."""
+        """Give everything back, without waiting. May be called until it has succeeded, and afterwards."""
         if self.ring is not None:
             self.ring.abandon()
             self.ring = None
@@ -147,7 +147,7 @@ class WeightMemory:
         if self.device_ring is not None:
             self.device_ring.close()
             self.device_ring = None
-        self._undo.close()
+        self._scheduler.release()
 
     def _is_copied(self, index: int) -> bool:
         """Whether a layer is copied to the accelerator each time."""

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from ollm.changes import Changes
 from ollm.contracts.offload import Tier
+from ollm.endings import end
 from ollm.errors import WeightsError
 from ollm.io.device_ring import OnDevice
 from ollm.io.ledger import ledger
@@ -116,14 +117,15 @@ class WeightStreamer:
                 self._settle()
 
     def remove(self) -> None:
-        """Take everything off the model, whose decoder layers are left without weights. May be called twice."""
+        """Take everything off the model, whose decoder layers are left without weights. May be called until it has
+        succeeded, and afterwards."""
         with self._lock:
             self._leave()
             self._changes.close()
             for index in list(self._memory.held):
                 self._drop(index)
             self._memory.stop()
-            self._finalizer()
+            end(self._finalizer)
 
     @contextmanager
     def standing_in(self) -> Iterator[None]:
@@ -252,9 +254,10 @@ class WeightStreamer:
         """Take the weights of the layer that computed last, so that its slot is read into again."""
         if self._inside is None:
             return
-        (index, copy), self._inside = self._inside, None
+        index, copy = self._inside
         self._bindings[index].unbind()
         if copy is not None:
             copy.leave()
         elif self._memory.ring is not None:
             self._memory.ring.release()
+        self._inside = None  # after an interrupt before this all of it is done again
