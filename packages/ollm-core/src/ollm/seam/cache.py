@@ -200,7 +200,12 @@ class KVCache(Cache):
         return fork
 
     def state(self) -> CacheState:
-        """What the cache holds and did so far. Works after `close()` too, with the counters as they were."""
+        """What the cache holds and did so far. Works after `close()` too, with the counters as they were.
+
+        Raises:
+            CacheForkedError: in a forked child.
+        """
+        self._session.check_process()
         stats = self._session.store.stats()
         histories = list(self._stored.values())
         first = histories[0] if histories else None
@@ -243,7 +248,8 @@ class KVCache(Cache):
         """Free everything that no fork needs, on disk too; the cache cannot be used afterwards.
 
         Does all that it can, whatever fails, and may be called until it has succeeded: after Ctrl-C, or once the disk
-        lets its files be removed. What is left then goes when the program ends.
+        lets its files be removed. What is left then goes when the program ends. In a forked child it only gives the
+        child's model back, and touches nothing that the parent uses.
         """
         self._closed = True
         with ExitStack() as steps:  # from the last to the first; the next one is done even if one fails
@@ -279,6 +285,7 @@ class KVCache(Cache):
     def _check_open(self) -> None:
         if self._closed:
             raise CacheClosedError("This cache is closed: make a new one.")
+        self._session.check_process()
 
     def _check_whole(self, layer_idx: int, new_tokens: int) -> None:
         """All layers advance together; where they do not, a forward was interrupted and its rest would be wrong."""

@@ -24,6 +24,7 @@ from ollm.contracts.storage import Folder
 from ollm.endings import end
 from ollm.errors import CacheBusyError, CacheDirectoryError, ConfigurationError, OllmError, StorageError
 from ollm.io import shim
+from ollm.io.shim import NO_DESCRIPTOR
 
 LOCK = "lock"
 MANIFEST = "manifest.json"
@@ -84,6 +85,7 @@ class CacheFolder(Folder):
         with _typed(root):
             made = _make_folders(cache_dir)
             with ExitStack() as undo:  # if a step fails, what was done before it
+                undo.callback(_remove_empty, made)
                 undo.callback(_remove_root_if_empty, root)
                 with _root_lock(root):
                     _collect_dead(root)
@@ -229,7 +231,13 @@ def _remove_owned(path: Path, lock: _Lock, owner: int) -> None:
     if os.getpid() != owner:
         return
     try:
-        _remove_folder(path)
+        try:
+            _remove_folder(path)
+        except OSError as error:
+            if error.errno not in NO_DESCRIPTOR:
+                raise
+            lock.close()  # to look into the folder takes one; whoever removes it meanwhile may do so
+            _remove_folder(path)
     except BaseException:
         _left.append((path, lock, owner))
         raise
@@ -261,6 +269,13 @@ def _make_folders(path: Path) -> list[Path]:
             shim.disk.mkdir(folder)
     shim.disk.stat(path)
     return missing
+
+
+def _remove_empty(folders: Iterable[Path]) -> None:
+    """Take back those that `_make_folders` made, from the last to the first."""
+    with suppress(OSError):
+        for folder in reversed([*folders]):
+            shim.disk.rmdir(folder)
 
 
 def _make_root(root: Path) -> None:
@@ -392,15 +407,20 @@ def _remove_root_if_empty(root: Path) -> None:
     """Leave nothing behind: the root goes with its last session, unless somebody is using it right now."""
     try:
         _check_private(root)
-        with suppress(FileNotFoundError):
-            fd = shim.disk.open(root / LOCK, os.O_RDWR)
-            try:
-                names = shim.disk.listdir(root)
-                if shim.disk.try_lock(fd) and _is_still_there(root / LOCK, fd) and set(names) <= {LOCK, TAG}:
-                    for name in sorted(names):  # the lock goes last
-                        shim.disk.unlink(root / name)
-            finally:
-                shim.disk.close(fd)
-        shim.disk.rmdir(root)  # refused, as it should be, where anything is left
+        with suppress(OSError):  # there may have been no descriptor for its lock
+            return shim.disk.rmdir(root)
+        # looked into before the lock is opened, for there may be one descriptor only. Who makes a folder in between
+        # finds no lock later, and makes another
+        names = shim.disk.listdir(root)
+        if set(names) <= {LOCK, TAG}:
+            with suppress(FileNotFoundError):
+                fd = shim.disk.open(root / LOCK, os.O_RDWR)
+                try:
+                    if shim.disk.try_lock(fd) and _is_still_there(root / LOCK, fd):
+                        for name in sorted(names):  # the lock goes last
+                            shim.disk.unlink(root / name)
+                finally:
+                    shim.disk.close(fd)
+            shim.disk.rmdir(root)  # refused, as it should be, where anything is left
     except (OSError, OllmError) as error:
         logger.debug("Left %s as it is: %s", root, error)

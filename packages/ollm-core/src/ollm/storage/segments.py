@@ -25,7 +25,6 @@ from ollm.contracts.storage import Pieces, Storage
 from ollm.endings import end
 from ollm.errors import (
     CacheClosedError,
-    CacheForkedError,
     ConfigurationError,
     CorruptDataError,
     StorageError,
@@ -33,7 +32,7 @@ from ollm.errors import (
 )
 from ollm.io.buffers import ALIGNMENT, tensor_bytes
 from ollm.io.files import takes_unbuffered
-from ollm.io.scheduler import IOScheduler, scheduler_of
+from ollm.io.scheduler import IOScheduler, check_process, scheduler_of
 from ollm.storage.folder import MANIFEST, CacheFolder
 from ollm.storage.kept import KeptLayer, extents_of
 from ollm.storage.manifest import MAX_MANIFEST_BYTES, Manifest
@@ -288,8 +287,7 @@ class SegmentedStorage(Storage):
             raise CacheClosedError("This cache is closed: make a new one.")
 
     def _check_owner(self) -> None:
-        if os.getpid() != self._owner:
-            raise CacheForkedError("This cache was made before the process was forked: make a new one in the child.")
+        check_process(self._owner)
 
 
 def _room(buffer: Tensor, nbytes: int) -> memoryview:

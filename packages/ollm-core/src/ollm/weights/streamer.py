@@ -62,6 +62,7 @@ class WeightStreamer:
         self._checkpoint = checkpoint
         self._process = os.getpid()
         self._lock = threading.RLock()
+        self._lock_process = self._process
         self._bindings = [Binding(layer, device) for layer in layers]
         self._memory = WeightMemory(folder, device, [binding.layout for binding in self._bindings], self.counters)
         self._finalizer = weakref.finalize(self, self._memory.close)
@@ -92,6 +93,7 @@ class WeightStreamer:
             MemoryLimitError: it does not fit; nothing was changed.
             WeightsError: a layer cannot be read. What was to be kept is kept, all other layers are on disk.
         """
+        self._check_process(reads=True)
         with self._lock, torch.inference_mode(False):
             self._leave()
             memory = self._memory
@@ -119,6 +121,7 @@ class WeightStreamer:
     def remove(self) -> None:
         """Take everything off the model, whose decoder layers are left without weights. May be called until it has
         succeeded, and afterwards."""
+        self._check_process(reads=True)
         with self._lock:
             self._leave()
             self._changes.close()
@@ -131,6 +134,7 @@ class WeightStreamer:
     def standing_in(self) -> Iterator[None]:
         """Meanwhile, one streamed layer of each kind stands in for all of its kind, so that a forward pass reads next
         to nothing: for trials that compare two ways through the model, whatever its weights. Other threads wait."""
+        self._check_process()
         with self._lock:
             self._leave()
             self._memory.stop()
@@ -182,6 +186,7 @@ class WeightStreamer:
         self._memory.start(self._streamed())
 
     def _one_at_a_time(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        self._check_process()
         with self._lock:
             self._begin()
             try:
@@ -189,10 +194,26 @@ class WeightStreamer:
             finally:
                 self._leave()
 
+    def _check_process(self, *, reads: bool = False) -> None:
+        """Comes before the lock is asked for: in a forked child a thread of the parent may hold it for ever, and nobody
+        reads.
+
+        Args:
+            reads: also refuse where all layers are bound, and nothing would be read.
+
+        Raises:
+            WeightsError: this is a forked child, and the weights are read by threads that it has not.
+        """
+        process = os.getpid()
+        if process == self._process:
+            return
+        if reads or not self._all_bound:
+            raise WeightsError("A model whose weights are streamed was used in a forked process: load it there.")
+        if process != self._lock_process:
+            self._lock, self._lock_process = threading.RLock(), process
+
     def _begin(self) -> None:
         """Check what may have changed since the last forward pass."""
-        if os.getpid() != self._process and not self._all_bound:
-            raise WeightsError("A model whose weights are streamed was used in a forked process: load it there.")
         self._decide()
         if self._all_bound:  # then nothing is read, as with any other model
             return
