@@ -28,13 +28,13 @@ demo: setup
 	$(BIN)/python demo/run.py
 
 test: setup
-	$(BIN)/python -m pytest -n auto
+	$(BIN)/python -m pytest -n auto --dist loadfile
 
 survey: setup
 	PYTHONPATH=tests $(BIN)/python -m together.survey
 
 nightly: setup
-	$(BIN)/python -m pytest -n auto --hypothesis-profile=nightly
+	$(BIN)/python -m pytest -n auto --dist loadfile --hypothesis-profile=nightly
 
 lint: setup
 	$(BIN)/ruff check .

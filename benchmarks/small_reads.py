@@ -23,6 +23,7 @@ from ollm.contracts.blocks import BlockKey, Extent, KVBlock
 from ollm.io import scheduler
 from ollm.io.buffers import aligned_buffer, tensor_bytes
 from ollm.kv import parts
+from ollm.storage import options
 from ollm.storage.folder import CacheFolder
 from ollm.storage.segments import SegmentedStorage
 
@@ -96,7 +97,9 @@ def main(seconds: float) -> None:
                 found = raw(path, size * KIB, depth, seconds)
                 cells.append(f"{found:6.2f} ({found / whole:.2f})")
             print(f"{depth:>14}  " + " ".join(f"{cell:>13}" for cell in cells), flush=True)
-        print(f"engine, {parts.IN_FLIGHT} in flight on {scheduler.WORKERS} threads; so much of keys and of values")
+        print(
+            f"engine, {options.PARTS_IN_FLIGHT} in flight on {scheduler.WORKERS} threads; so much of keys and of values"
+        )
         reader, cells = parts.PartReader(storage), []
         for size in SIZES:
             whole = raw(path, 2**20, 8, seconds, in_order=True)

@@ -1,5 +1,6 @@
 """Profiles of Hypothesis: `make test` is quick, `make nightly` looks longer. Tests marked `gpu` need one."""
 
+import contextlib
 import os
 import threading
 
@@ -35,3 +36,29 @@ def workers(monkeypatch):
     monkeypatch.setattr(scheduler, "_schedulers", {})
     before = set(threading.enumerate())
     return lambda: [thread for thread in set(threading.enumerate()) - before if thread.name.startswith("ollm-io")]
+
+
+@pytest.fixture
+def no_new_threads(monkeypatch):
+    """`with no_new_threads():` the system starts no thread."""
+
+    @contextlib.contextmanager
+    def refusing():
+        def start(self):
+            raise RuntimeError("can't start new thread")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(threading.Thread, "start", start)
+            yield
+
+    return refusing
+
+
+@pytest.fixture
+def claims():
+    """`claims()`: what was claimed of memory since the test began; what other tests left in this process, and the
+    garbage collector gives back at any time, is not counted."""
+    from ollm.io.ledger import ledger
+
+    before = list(ledger._claims)
+    return lambda: [claim for claim in ledger._claims if claim not in before]

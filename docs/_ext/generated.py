@@ -1,18 +1,23 @@
-"""Reference pages made from the code while the documentation is built, so that they cannot differ from it.
+"""Reference pages made from the code: `python docs/_ext/generated.py` writes them, and a test fails if they differ.
 
-A page asks for its content with the line `<!-- generated: NAME -->`, where NAME is a key of `GENERATORS`. Each
-generator returns MyST Markdown and can be called without Sphinx.
+What is made stands in the page, between `<!-- generated: NAME -->` and `<!-- end -->`, so that it can be read in the
+repository. NAME is a key of `GENERATORS`; each returns Markdown.
 """
 
 from __future__ import annotations
 
+import ast
 import inspect
+import pydoc
 import re
-from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+import sys
+import textwrap
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
 
 import attrs
-from sphinx.ext.napoleon import Config, GoogleDocstring
 
 import ollm.errors
 import ollm.plugin
@@ -22,9 +27,6 @@ from ollm.contracts.options import NoOptions, describe_options
 from ollm.registry import Kind, Offer, registry
 from ollm.registry.kinds import RESERVED
 from ollm.units import format_size
-
-if TYPE_CHECKING:
-    from sphinx.application import Sphinx
 
 _PLUGIN_GROUPS: dict[str, tuple[str, ...]] = {
     "Entry modules": ("API_VERSION", "hookimpl", "Strategy", "KVFacts", "BuildContext", "KVBuildContext"),
@@ -56,7 +58,30 @@ _HEADINGS = {
     Kind.MODEL_ADAPTER: "Model adapters",
 }
 
-_FENCE = re.compile(r"```(\w+)")
+_PYTHON: dict[str, tuple[str, ...]] = {
+    "models": ("ollm.Inference", "ollm.AutoInference"),
+    "caches": (
+        "ollm.disk_cache", "ollm.KVCache", "ollm.kv.state.CacheState", "ollm.kv.state.KVCounters",
+        "ollm.kv.state.PrefillProgress",
+    ),
+    "requests": (
+        "ollm.CacheRequest", "ollm.api.cache.plan_for", "ollm.plan.plan_cache", "ollm.plan.CachePlan",
+        "ollm.plan.cache.CacheMemory", "ollm.plan.ModelFacts", "ollm.plan.BlockVerdict", "ollm.api.facts.facts_of",
+        "ollm.api.facts.facts_of_config", "ollm.api.opening.open_cache",
+    ),
+    "statistics": ("ollm.stats.Stats", "ollm.weights.counters.WeightCounters", "ollm.plan.placement.PlacementRecord"),
+    "helpers": ("ollm.file_get_contents",),
+}  # fmt: skip
+"""What people call, and the records that they are given."""
+
+_OF_OTHERS = (
+    "held", "begin_pass", "end_pass", "undo_pass", "first_difference", "check_usable", "what_stays_in_memory",
+)  # fmt: skip
+"""Methods of a cache that only ollm itself calls."""
+
+_MARK = re.compile(r"(?<=^<!-- generated: )([a-z-]+)( -->\n)(?:.*?^<!-- end -->\n)?", re.MULTILINE | re.DOTALL)
+_SECTION = re.compile(r"^(Args|Raises|Returns|Attributes):\n((?:[ ]+.*\n?|\n)+)", re.MULTILINE)
+_QUALIFIED = re.compile(r"~?\b(?:[a-z_]\w*\.)+(?=[A-Z])|collections\.abc\.|typing\.")
 
 
 def hooks() -> str:
@@ -100,7 +125,7 @@ def errors() -> str:
 
 
 def plugin_api() -> str:
-    """Every public name of `ollm.plugin`, through autodoc.
+    """Every public name of `ollm.plugin`.
 
     Raises:
         ValueError: when a name is in `ollm.plugin.__all__` but in no group here, or the other way round.
@@ -110,8 +135,10 @@ def plugin_api() -> str:
         raise ValueError(f"docs/_ext/generated.py groups {sorted(set(grouped) ^ set(ollm.plugin.__all__))} wrongly")
     parts = []
     for group, names in _PLUGIN_GROUPS.items():
-        body = "\n\n".join(_autodoc(name) for name in names)
-        parts.append(f"## {group}\n\n```{{eval-rst}}\n{body}\n```\n")
+        parts.append(f"## {group}\n")
+        parts += [
+            f"### `{name}`\n\n{_DATA[name]}\n" if name in _DATA else _entry(f"ollm.plugin.{name}") for name in names
+        ]
     return "\n".join(parts)
 
 
@@ -121,17 +148,20 @@ def testing_api() -> str:
     for name in ollm.testing.__all__:
         value = getattr(ollm.testing, name)
         if not inspect.isclass(value):
-            parts.append(f"```{{eval-rst}}\n.. autofunction:: ollm.testing.{name}\n```\n")
+            parts.append(_entry(f"ollm.testing.{name}", head="##"))
             continue
-        own = [key for key in ("open", "plan", "place", "adapter", "config") if hasattr(value, key)]
-        own += sorted(key for base in value.__mro__[:-1] for key in vars(base).get("__annotations__", {}))
-        members = f"   :members: {', '.join(own)}\n   :inherited-members:"
-        head = f".. autoclass:: ollm.testing.{name}\n{members}" if own else f".. autoclass:: ollm.testing.{name}"
-        parts.append(f"## {name}\n\n```{{eval-rst}}\n{head}\n```\n\nIts tests:\n")
+        asked = ("open", "plan", "place", "adapter", "config")
+        methods = [key for key in asked if hasattr(value, key)]
+        parts += [_entry(f"ollm.testing.{name}", methods, head="##"), "Its tests:\n"]
         tests = [(key, getattr(value, key)) for key in dir(value) if key.startswith("test_")]
         rows = [(f"`{key}`", " ".join((inspect.getdoc(test) or "").split())) for key, test in tests]
         parts += _table(("test", "what it is about"), rows)
     return "\n".join(parts)
+
+
+def python_api(group: str) -> str:
+    """Some of what people call."""
+    return "\n".join(map(_entry, _PYTHON[group]))
 
 
 GENERATORS: dict[str, Callable[[], str]] = {
@@ -140,6 +170,7 @@ GENERATORS: dict[str, Callable[[], str]] = {
     "strategies": strategies,
     "errors": errors,
     "plugin-api": plugin_api,
+    **{group: partial(python_api, group) for group in _PYTHON},
 }
 
 
@@ -179,54 +210,116 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
     return [*("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in cells), ""]
 
 
-def _autodoc(name: str) -> str:
-    value = getattr(ollm.plugin, name)
-    if name in _DATA:
-        shown = f"\n   :value: {value}" if isinstance(value, int) else ""
-        return f".. py:data:: ollm.plugin.{name}{shown}\n\n   {_DATA[name]}"
+def _entry(path: str, methods: Sequence[str] | None = None, head: str = "###") -> str:
+    """A class or a function; of a class the methods that are named, or all that are its own and public."""
+    value: Any = pydoc.locate(path)
+    name = path.rpartition(".")[2]
     if not inspect.isclass(value):
-        return f".. autofunction:: ollm.plugin.{name}"
-    if issubclass(value, Exception):
-        return f".. autoexception:: ollm.plugin.{name}"
-    record = "\n   :undoc-members:" if attrs.has(value) else ""
-    return f".. autoclass:: ollm.plugin.{name}\n   :members:{record}"
+        return f"{head} `{name}`\n\n{_signature(name, value)}\n\n{_doc(value)}\n"
+    parts = [f"{head} `{name}`\n"]
+    if not issubclass(value, Exception) and not inspect.isabstract(value):
+        parts.append(f"{_signature(name, value)}\n")
+    parts.append(f"{_doc(value)}\n")
+    source = _Source(value)
+    helps = {field.name: field.metadata.get("help", "") for field in attrs.fields(value)} if attrs.has(value) else {}
+    fields = []
+    for field, text in source.fields:
+        said = " ".join((text or helps.get(field.partition(":")[0], "")).split())
+        fields.append(f"- `{field}`: {said}" if said else f"- `{field}`")
+    parts += ["Fields:\n", *fields, ""] if fields else []
+    for key in [key for key in source.methods if key not in _OF_OTHERS] if methods is None else methods:
+        member = inspect.getattr_static(value, key)
+        if isinstance(member, (property, cached_property)):
+            parts.append(f"**`{key}`**\n\n{_doc(member)}\n")
+        else:
+            parts.append(f"{_signature(key, getattr(value, key))}\n\n{_doc(getattr(value, key))}\n")
+    return "\n".join(parts)
 
 
-def _insert(app: Sphinx, page: str, source: list[str]) -> None:
-    source[0] = re.sub(r"^<!-- generated: ([a-z-]+) -->$", lambda match: GENERATORS[match[1]](), source[0], flags=re.M)
+def _signature(name: str, value: Any) -> str:
+    try:
+        signature = str(inspect.signature(value))
+    except (TypeError, ValueError):  # as of types that are only names
+        return f"**`{name}`**"
+    signature = re.sub(r"\(self(?:, )?", "(", signature)
+    signature = re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", _QUALIFIED.sub("", signature))
+    signature = re.sub(r"(: |-> )'([^']*)'", r"\1\2", signature)  # annotations are text, defaults stay what they are
+    if inspect.isclass(value):
+        signature = signature.removesuffix(" -> None")
+    return f"**`{name}{signature}`**"
 
 
-def _docstring(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
-    """Make sections such as `Args:` and Markdown code fences what reStructuredText understands."""
-    inside = False
-    for index, line in enumerate(lines):
-        fence = _FENCE.fullmatch(line.strip())
-        if fence and not inside:
-            lines[index], inside = f".. code-block:: {fence[1]}", True
-        elif inside and line.strip() == "```":
-            lines[index], inside = "", False
-        elif inside:
-            lines[index] = f"   {line}"
-    for index in reversed([i for i, line in enumerate(lines) if line.startswith(".. code-block::")]):
-        lines.insert(index + 1, "")
-    if what not in ("attribute", "property"):  # in which napoleon would take what stands before a colon for a type
-        lines[:] = GoogleDocstring(lines, Config(), app, what, name, obj, options).lines()
+def _doc(value: Any) -> str:
+    """A docstring as Markdown: its sections become lists, its examples are marked as not run."""
+
+    def listed(match: re.Match[str]) -> str:
+        items: list[str] = []
+        for line in textwrap.dedent(match[2]).splitlines():
+            if line.startswith(" ") and items:
+                items[-1] += f" {line.strip()}"
+            elif line.strip():
+                items.append(line.strip())
+        named = [re.sub(r"^([\w, ]+?): ", lambda head: f"`{head[1].replace(', ', '`, `')}`: ", item) for item in items]
+        return f"{match[1]}:\n\n" + "".join(f"- {item}\n" for item in named) + "\n"
+
+    text = _SECTION.sub(listed, f"{inspect.getdoc(value) or ''}\n").strip()
+    return re.sub(r"^```python$", "<!-- not run: an example -->\n```python", text, flags=re.MULTILINE)
 
 
-def _signature(
-    app: Sphinx, what: str, name: str, obj: Any, options: Any, signature: str | None, returns: str | None
-) -> tuple[str | None, str | None]:
-    """Classes as defaults and qualified names, as an author would write them."""
+class _Source:
+    """What a class of ours says of itself in its source, bases first."""
 
-    def short(text: str | None) -> str | None:
-        return text and re.sub(r"~[\w.]+\.(?=\w)", "", re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", text))
+    def __init__(self, value: type) -> None:
+        self.fields: list[tuple[str, str]] = []
+        """Attributes with their types and defaults, and what is said of each."""
+        self.methods: list[str] = []
+        for base in reversed(value.__mro__):
+            if base.__module__.split(".")[0] == "ollm" and (base is value or not issubclass(base, Exception)):
+                (tree,) = ast.parse(textwrap.dedent(inspect.getsource(base))).body
+                assert isinstance(tree, ast.ClassDef)
+                self._read(tree)
 
-    return short(signature), short(returns)
+    def _read(self, tree: ast.ClassDef) -> None:
+        for node, text in _documented(tree.body):
+            if (
+                isinstance(node, ast.AnnAssign)
+                and isinstance(node.target, ast.Name)
+                and not node.target.id.startswith("_")
+            ):
+                self._note(node.target.id, node, text)
+            elif isinstance(node, ast.FunctionDef) and not node.name.startswith(("_", "test_")):
+                self.methods += [node.name] if node.name not in self.methods and ast.get_docstring(node) else []
+            elif isinstance(node, ast.FunctionDef) and node.name == "__init__":
+                for inner, said in _documented(node.body):
+                    target = getattr(inner, "target", None) or next(iter(getattr(inner, "targets", [])), None)
+                    if said and isinstance(target, ast.Attribute) and not target.attr.startswith("_"):
+                        self.fields.append((target.attr, said))
+
+    def _note(self, name: str, node: ast.AnnAssign, text: str) -> None:
+        if name.startswith("_"):
+            return
+        shown = f"{name}: {ast.unparse(node.annotation)}"
+        if isinstance(node.value, ast.Constant):
+            shown += f" = {ast.unparse(node.value)}"
+        self.fields = [field for field in self.fields if not field[0].startswith(f"{name}:")] + [(shown, text)]
 
 
-def setup(app: Sphinx) -> dict[str, bool]:
-    """Sphinx calls this."""
-    app.connect("source-read", _insert)
-    app.connect("autodoc-process-docstring", _docstring)
-    app.connect("autodoc-process-signature", _signature)
-    return {"parallel_read_safe": True, "parallel_write_safe": True}
+def _documented(body: Sequence[ast.stmt]) -> Iterator[tuple[ast.stmt, str]]:
+    """Statements, each with the text behind it, if there is one."""
+    for node, following in zip(body, [*body[1:], None], strict=True):
+        said = following.value if isinstance(following, ast.Expr) else None
+        yield node, str(said.value) if isinstance(said, ast.Constant) and isinstance(said.value, str) else ""
+
+
+def fill(page: str) -> str:
+    """The text of a page with what is generated put in, in place of what was."""
+    return _MARK.sub(lambda mark: f"{mark[1]}{mark[2]}\n{GENERATORS[mark[1]]().strip()}\n\n<!-- end -->\n", page)
+
+
+if __name__ == "__main__":
+    for file in sorted(Path(__file__).parents[1].rglob("*.md")):
+        before = file.read_text(encoding="utf-8")
+        after = fill(before)
+        if after != before:
+            file.write_text(after, encoding="utf-8")
+            print(f"written: {file}", file=sys.stderr)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import io
 import json
-import os
 import re
 import subprocess
 import sys
@@ -21,6 +20,7 @@ from ollm.errors import ConfigurationError, MissingExtraError, UnknownStrategyEr
 from ollm_bench import run as runner
 from ollm_bench.cli import running
 from ollm_bench.kv.benchmark import BENCHMARK
+from ollm_bench.kv.models import synthetic_geometry
 from ollm_bench.kv.records import Case, Geometry, Measured, Outcome, Report
 from ollm_bench.kv.verdicts import judge
 from ollm_bench.records import Rates, Sample
@@ -32,7 +32,7 @@ TINY = ["--tokens", "200", "--layers", "2", "--kv-heads", "1", "--head-dim", "16
 
 
 @pytest.fixture
-def report():
+def report(machine):
     rates = Rates(direct=True, reads=[Sample(10**9, 1.0)], writes=[Sample(10**9, 2.0)])
     step = {"step_seconds": [0.5], "decode_peak": 10**8}
     outcomes = [
@@ -45,7 +45,6 @@ def report():
             measured=Measured(**step, rates=rates, bytes_per_step=25600),
         ),
     ]
-    machine = {"cpu": "A CPU", "cores": 2, "memory_bytes": 2**30, "file_system": "ext4", "kernel": "Linux"}
     return Report(
         date="2026-01-01", command=["ollm"], machine=machine, versions={}, geometry=GEOMETRY, steps=1,
         memory_limit=None, notes=["page cache not dropped"], outcomes=judge(outcomes, GEOMETRY, limited=False),
@@ -114,7 +113,7 @@ def test_a_picture(report, tmp_path):
         (["--head-dim", "7"], "--head-dim 7: rotary positions need an even number"),
         (["--dtype", "int8"], "--dtype int8: choose one of float32, bfloat16, float16"),
         (["--steps", "0"], "--steps 0: give 1 or more"),
-        (["--ram-budget", "lots"], "--ram-budget='lots' is not a size"),
+        (["--ram-budget", "lots"], "ram_budget='lots' is not a size"),
         (["--memory-limit", "lots"], "--memory-limit='lots' is not a size"),
         (["--cache-dir", "missing"], "--cache-dir missing: there is no such folder"),
         (["--json", "missing/out.json"], "--json missing/out.json: name a file in a folder that exists"),
@@ -124,13 +123,34 @@ def test_a_picture(report, tmp_path):
         (["--model", "missing", "--layers", "2"], "--model and --layers: the checkpoint has a geometry of its own"),
     ],
 )
-def test_every_argument_is_checked_before_work(arguments, message, monkeypatch, tmp_path):
+def test_every_argument_is_checked_before_work(arguments, message, refused):
+    assert message in refused("kv", arguments)
+
+
+@pytest.mark.parametrize(
+    ("toml", "variable", "arguments", "budget"),
+    [
+        ("", None, [], None),
+        ('ram_budget = "1MiB"', None, [], 2**20),
+        ('ram_budget = "1MiB"', "2MiB", [], 2**21),
+        ('ram_budget = "1MiB"', "2MiB", ["--ram-budget", "0"], 0),
+    ],
+)
+def test_a_budget_is_written_down_where_those_of_caches_are(toml, variable, arguments, budget, monkeypatch, tmp_path):
+    (tmp_path / "ollm.toml").write_text(toml)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(running, "run_cases", lambda *_, **__: pytest.fail("work began"))
-    result = CliRunner().invoke(app, ["bench", "kv", *arguments])
-    assert isinstance(result.exception, ConfigurationError), result.output
-    assert message in str(result.exception)
-    assert list(tmp_path.iterdir()) == []
+    if variable is not None:
+        monkeypatch.setenv("OLLM_RAM_BUDGET", variable)
+    asked = []
+
+    def note(benchmark, cases, geometry, **more):
+        asked.extend(case.ram_budget for case in cases if case.strategy)
+        raise ConfigurationError("enough")
+
+    monkeypatch.setattr(running, "run_cases", note)
+    result = CliRunner().invoke(app, ["bench", "kv", *TINY, "--strategies", "chunked", *arguments])
+    assert str(result.exception) == "enough"
+    assert len(asked) == 3 if budget is None else asked == [budget]
 
 
 def test_an_unknown_strategy_is_the_registrys_own_error():
@@ -146,6 +166,16 @@ def test_a_missing_matplotlib_is_found_before_work(monkeypatch):
     assert 'pip install "ollm-bench[plot]"' in str(result.exception)
 
 
+def run_code(code, monkeypatch, folder):
+    real = subprocess.Popen
+    monkeypatch.setattr(runner.subprocess, "Popen", lambda command, **more: real([sys.executable, "-c", code], **more))
+    (outcome,) = runner.run_cases(
+        BENCHMARK, [Case(kind="static", tokens=10)], GEOMETRY, folder=folder, steps=1, memory_limit=None,
+        progress=lambda *_: None,
+    )  # fmt: skip
+    return outcome
+
+
 @pytest.mark.parametrize(
     ("code", "status", "reason"),
     [
@@ -154,28 +184,37 @@ def test_a_missing_matplotlib_is_found_before_work(monkeypatch):
     ],
 )
 def test_a_case_that_dies_is_listed(monkeypatch, tmp_path, code, status, reason):
-    real = subprocess.Popen
-    monkeypatch.setattr(runner.subprocess, "Popen", lambda command, **more: real([sys.executable, "-c", code], **more))
-    (outcome,) = runner.run_cases(
-        BENCHMARK, [Case(kind="static", tokens=10)], GEOMETRY, folder=tmp_path, steps=1, memory_limit=None,
-        progress=lambda *_: None,
-    )  # fmt: skip
+    outcome = run_code(code, monkeypatch, tmp_path)
     assert outcome.status == status
     assert reason in outcome.reason
 
 
-@pytest.mark.timeout(180)
-def test_a_small_run(tmp_path):
-    """Every process, every file and the JSON, with two steps of a tiny model."""
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("before", ["", "print('a library speaks')\n"])
+def test_a_long_answer_is_read_whatever_is_printed_before_it(report, before, monkeypatch, tmp_path):
+    """Longer than a pipe holds, while the other end still waits for what is on stderr."""
+    measured = report.outcomes[0].measured
+    measured = attrs.evolve(measured, step_seconds=[0.1] * 100_000)
+    (tmp_path / "answer.json").write_text(json.dumps(cattrs.unstructure(measured)))
+    code = f"import sys; sys.stdin.read()\n{before}print(open({str(tmp_path / 'answer.json')!r}).read())"
+    outcome = run_code(code, monkeypatch, tmp_path)
+    assert (outcome.status, outcome.measured) == ("done", measured)
+
+
+def test_an_answer_that_cannot_be_read_is_listed(monkeypatch, tmp_path):
+    outcome = run_code("import sys; sys.stdin.read(); print('what?')", monkeypatch, tmp_path)
+    assert outcome.status == "failed"
+    assert "its answer cannot be read" in outcome.reason and "what?" in outcome.reason
+
+
+def test_a_small_run(in_this_process, tmp_path, monkeypatch):
+    """Every case, every file and the JSON, with two steps of a tiny model."""
+    monkeypatch.chdir(tmp_path)
     command = ["bench", "kv", *TINY, "--strategies", "chunked", "--ram-budget", "0", "--steps", "2", "--json", "r.json"]
-    done = subprocess.run(
-        [sys.executable, "-c", "from ollm.cli import main; main()", *command],
-        cwd=tmp_path, capture_output=True, text=True, check=False,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert "case 4 of 5: chunked, nothing resident, 200 tokens: filling" in done.stderr
-    assert "chunked, nothing" in done.stdout and "\x1b" not in done.stdout + done.stderr
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 0, result.output
+    assert "case 4 of 5: chunked, nothing resident, 200 tokens: filling" in result.stderr
+    assert "chunked, nothing" in result.stdout and "\x1b" not in result.output
     report = cattrs.structure(json.loads((tmp_path / "r.json").read_text()), Report)
     assert [outcome.status for outcome in report.outcomes] == ["done"] * 5
     measured = report.outcomes[-2].measured
@@ -183,4 +222,24 @@ def test_a_small_run(tmp_path):
     # 128 tokens or more are in two layers' records, and reading goes on ahead of a step's end by up to a step
     assert 0 <= measured.bytes_per_step <= 2 * 2 * 202 * 256
     assert len(measured.rates.reads) == 1  # of a file made for it: the cache's own are smaller than one read
-    assert [path.name for path in tmp_path.iterdir()] == ["r.json"]
+    assert {path.name for path in tmp_path.iterdir()} <= {"r.json", "drop_caches"}
+
+
+@pytest.mark.timeout(180)
+def test_a_case_has_a_process_of_its_own(tmp_path):
+    said = []
+    case = Case(kind="strategy", tokens=200, strategy="chunked", residency="nothing", ram_budget=0)
+    geometry = synthetic_geometry(2, 1, 16, "float32")
+    (outcome,) = runner.run_cases(
+        BENCHMARK,
+        [case],
+        geometry,
+        folder=tmp_path,
+        steps=2,
+        memory_limit=None,
+        progress=lambda *what: said.append(what),
+    )
+    assert outcome.status == "done", outcome.reason
+    assert len(outcome.measured.step_seconds) == 2
+    assert (0, case, "loading the model") in said
+    assert list(tmp_path.iterdir()) == []

@@ -13,6 +13,7 @@ from ollm_bench.kv.records import Case, Geometry, Measured, Outcome, Report
 from ollm_bench.kv.verdicts import judge
 from ollm_bench.records import Rates, Sample
 from ollm_bench.run import PROCESS_BYTES, Free
+from ollm_bench.verdicts import too_little
 
 GEOMETRY = Geometry(
     layers=16, kv_heads=8, head_dim=128, dtype="bfloat16", bytes_per_token=65536, model_bytes=400_000_000
@@ -210,9 +211,40 @@ def test_fewer_bytes_are_judged_by_their_own_number(share, seconds, resident, by
     """By reading them raw (1 GB/s here), or by the strategy's own step with everything resident."""
     stored = int(share * EVERYTHING)
     found = outcomes(everything=measured(resident), nothing=measured(seconds, stored, stored_bytes=stored))
+    found = [attrs.evolve(one, case=attrs.evolve(one.case, lossless=False)) for one in found]
     judged, _ = verdicts(found)
     slower = "its own time with everything resident" if resident > stored / 1e9 else "the disk's rate"
     assert (judged["of the exact bytes"].reached, judged[f"of {slower}"].reached) == (bytes_ok, seconds_ok)
+
+
+@pytest.mark.parametrize(("seconds", "reached"), [(2.4, True), (2.5, False)])
+def test_a_lossless_strategy_that_packs_is_compared_with_reading_what_it_was_given(seconds, reached):
+    """And is asked for no number of bytes: those are its gain."""
+    stored = int(0.8 * EVERYTHING)
+    found = outcomes(everything=measured(0.4), nothing=measured(seconds, stored, stored_bytes=stored))
+    judged, _ = verdicts(found)
+    assert judged["of the disk's rate"].reached is reached
+    assert not {"of the exact bytes", "of its own time with everything resident"} & {*judged}
+    everything, _ = verdicts(found[:-1])
+    assert "of StaticCache's time" in everything
+
+
+def test_whether_a_strategy_is_lossless_is_in_its_cases():
+    cases = plan_cases(GEOMETRY, [1000], ["chunked", "rounding"], steps=5, ram_budget=None, forks=2, lossy=["rounding"])
+    assert {(case.strategy, case.lossless) for case in cases if case.strategy} == {
+        ("chunked", True),
+        ("rounding", False),
+    }
+
+
+def test_a_run_that_was_too_small_or_too_noisy_says_so_in_words():
+    samples = [Sample(10**9, 1.0), Sample(2 * 10**9, 1.0)]
+    noisy = Rates(direct=True, reads=samples, writes=samples)
+    found = outcomes(nothing=measured(0.004, 1000), half=attrs.evolve(measured(0.009, 1000), rates=noisy))
+    small, noise = too_little(judge(found, GEOMETRY, limited=False))
+    assert small.startswith("too small to judge: 2 of 2 cases, whose steps take 4 to 9 ms; from 20 ms on")
+    assert noise.startswith("too noisy to judge: 1 of 2 cases, during which the disk's rate changed by more than half")
+    assert list(too_little(judge(outcomes(nothing=measured(2.3, EVERYTHING)), GEOMETRY, limited=False))) == []
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,5 @@
-"""`ollm bench weights` from end to end, with a checkpoint of a few MB. The processes of cases are tested with `bench
-kv`; here all cases run in this one, so that their imports are paid once."""
+"""`ollm bench weights` from end to end, with a checkpoint of a few MB. The processes of cases are tested
+elsewhere; here all cases run in this one."""
 
 from __future__ import annotations
 
@@ -14,13 +14,11 @@ from typer.testing import CliRunner
 
 from ollm.cli import app
 from ollm.errors import ConfigurationError
-from ollm_bench import limits
 from ollm_bench import run as runner
 from ollm_bench.records import Outcome
 from ollm_bench.weights import checkpoints
-from ollm_bench.weights.case import run as run_case
 from ollm_bench.weights.checkpoints import Llama, checkpoint_geometry, generated_geometry, write_checkpoint
-from ollm_bench.weights.records import Measured, Report
+from ollm_bench.weights.records import Report
 
 LLAMA = Llama(layers=4, hidden=256, intermediate=512, heads=4, kv_heads=2, vocabulary=64, dtype="float32")
 SIZES = [
@@ -35,26 +33,6 @@ OTHER = 4 * (2 * 64 * 256 + 256)
 def checkpoint(tmp_path):
     write_checkpoint(LLAMA, tmp_path / "model", lambda share: None)
     return tmp_path / "model"
-
-
-@pytest.fixture
-def in_this_process(monkeypatch, tmp_path):
-    """Cases run here; every record goes through JSON as if they did not. Returns the requests."""
-    requests = []
-
-    def run(benchmark, request, memory_limit, say):
-        requests.append(request)
-        asked = cattrs.structure(json.loads(json.dumps(cattrs.unstructure(request))), type(request)[_types(request)])
-        answer = json.loads(json.dumps(cattrs.unstructure(run_case(asked))))
-        return Outcome(case=request.case, status="done", measured=cattrs.structure(answer, Measured))
-
-    monkeypatch.setattr(runner, "_run", run)
-    monkeypatch.setattr(limits, "DROP_CACHES", tmp_path / "drop_caches")
-    return requests
-
-
-def _types(request):
-    return type(request.case), type(request.geometry)
 
 
 def test_a_generated_checkpoint_is_what_its_geometry_says(checkpoint):

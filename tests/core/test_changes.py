@@ -6,6 +6,7 @@ import copy
 import gc
 import inspect
 import itertools
+import pickle
 import weakref
 from types import SimpleNamespace
 
@@ -26,6 +27,14 @@ class Layer(nn.Module):
 
     def forward(self, x, scale=1):
         return x * self.factor * scale
+
+
+@pytest.fixture(autouse=True)
+def settings(monkeypatch):
+    """What is kept of values that were set: only what this test sets."""
+    kept = {}
+    monkeypatch.setattr(changes_module, "_settings", kept)
+    return kept
 
 
 @pytest.fixture(name="layer")
@@ -106,7 +115,7 @@ def test_a_forward_that_somebody_put_in_its_place_stays(layer):
 
 
 @pytest.mark.parametrize("order", list(itertools.permutations(range(3))))
-def test_settings_are_undone_in_any_order_and_the_newest_holds(order):
+def test_settings_are_undone_in_any_order_and_the_newest_holds(order, settings):
     target, users = SimpleNamespace(size=None, other=5), []
     for value in (10, 20, 30):
         users.append(Changes())
@@ -120,7 +129,7 @@ def test_settings_are_undone_in_any_order_and_the_newest_holds(order):
         assert target.size == (left[-1] if left else None)
     assert vars(target) == {"size": None, "other": 5}
     assert not is_ours(target, "size")
-    assert not changes_module._settings
+    assert settings == {}
 
 
 def test_what_somebody_has_set_since_stays():
@@ -154,18 +163,18 @@ def test_objects_that_are_equal_are_two():
         assert not is_ours(two, "size")
 
 
-def test_an_error_in_the_middle_undoes_what_was_done(layer):
+def test_an_error_in_the_middle_undoes_what_was_done(layer, settings):
     target, was = SimpleNamespace(size=None), dict(vars(layer))
     hooks = {name: dict(value) for name, value in vars(layer).items() if "hooks" in name}
     with pytest.raises(AttributeError, match="absent"), Changes() as changes:
         changes.wrap(layer, plus(1))
-        changes.hook(layer.register_forward_pre_hook(lambda *_: None))
+        changes.hook(layer.register_forward_pre_hook, lambda *_: None)
         changes.set(target, "size", 3)
         changes.set(target, "absent", 3)
     assert vars(layer) == was
     assert {name: dict(value) for name, value in vars(layer).items() if "hooks" in name} == hooks
     assert vars(target) == {"size": None}
-    assert not changes_module._settings
+    assert settings == {}
 
 
 def test_an_undo_that_fails_keeps_no_other_from_being_done(layer):
@@ -177,7 +186,7 @@ def test_an_undo_that_fails_keeps_no_other_from_being_done(layer):
 
     changes = Changes()
     changes.wrap(layer, plus(1))
-    changes.hook(Failing())
+    changes.hook(lambda hook: Failing(), lambda *_: None)
     with pytest.raises(RuntimeError, match="no"):
         changes.close()
     assert vars(layer) == was
@@ -186,7 +195,7 @@ def test_an_undo_that_fails_keeps_no_other_from_being_done(layer):
 def test_no_module_is_kept_alive():
     layer, changes = Layer(), Changes()
     changes.wrap(layer, plus(1))
-    changes.hook(layer.register_forward_hook(lambda *_: None))
+    changes.hook(layer.register_forward_hook, lambda *_: None)
     gone = weakref.ref(layer)
     del layer
     gc.collect()
@@ -194,12 +203,27 @@ def test_no_module_is_kept_alive():
     changes.close()
 
 
-def test_a_copy_computes_with_its_own_weights(layer):
+@pytest.mark.parametrize("how", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_copy_has_its_own_weights_and_nothing_of_ours(layer, how):
+    model, called = nn.Sequential(layer), []
     with Changes() as changes:
         changes.wrap(layer, plus(1))
-        other = copy.deepcopy(layer)
-        other.factor.fill_(50)
-        assert (layer(X).item(), other(X).item()) == (3, 51)
+        changes.wrap(layer, plus(1), "extra_repr")
+        changes.hook(layer.register_forward_hook, lambda *_: called.append(1))
+        other = how(model)
+        again = how(other)
+    for one in (other, again):
+        one[0].factor.fill_(50)
+        called.clear()
+        assert one(X).item() == 50
+        assert one[0].extra_repr() == ""
+        assert not called
+        was = dict(vars(one[0]))
+        with Changes() as changes:
+            changes.wrap(one[0], plus(1))
+            assert one(X).item() == 51
+        assert vars(one[0]) == was
+    assert layer(X).item() == 2
 
 
 class User:

@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from ollm import disk_cache
 from ollm.api.placement import Placer
 from ollm.models.adapters import find_adapter
-from ollm.seam.loading import load_config, load_model
+from ollm.seam.loading import load_config, load_model, open_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -43,8 +43,9 @@ def test_weights_are_streamed_and_fit_places_them(model, tmp_path, monkeypatch):
     model.save_pretrained(tmp_path)
     config, cpu = load_config(tmp_path), torch.device("cpu")
     _, adapter = find_adapter(config)
+    checkpoint = open_checkpoint(tmp_path, None, config.to_dict())
     ours, streamer = load_model(
-        tmp_path, config=config, find_layers=lambda model: adapter.parts(model).layers, device=cpu, dtype=None
+        tmp_path, config=config, checkpoint=checkpoint, find_parts=adapter.parts, device=cpu, dtype=None
     )
     ids = torch.randint(3, 101, (2, 20))
     with torch.no_grad():

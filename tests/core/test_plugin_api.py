@@ -13,9 +13,7 @@ from ollm import disk_cache
 from ollm.errors import AmbiguousStrategyError, PluginError, StorageError, UnknownStrategyError
 from ollm.plugin import (
     API_VERSION,
-    BlockKey,
     ConfigurationError,
-    Extent,
     Folder,
     KVBuildContext,
     KVFacts,
@@ -28,7 +26,7 @@ from ollm.plugin import (
     strategies,
 )
 from ollm.registry import Kind, Offer, PluginReport, Status, catalog, registry
-from ollm.testing import random_block, read_extent, store_context
+from ollm.testing import assert_holds, random_block, store_context, write_blocks
 
 
 class OneSegment(SegmentedStore):
@@ -145,14 +143,10 @@ def test_a_folder_that_is_dropped_goes(tmp_path):
 def test_a_store_on_disk_is_one_method(tmp_path):
     store = OneSegment(store_context(tmp_path).storage())
     assert isinstance(store.storage, Storage)
-    written = []
-    for number in range(2):
-        block, key = random_block(5, seed=number), BlockKey(0, 0, 5 * number, 5, 2)
-        written.append((Extent.of(key, block.layout, store.write(block, key)), block))
-    for extent, block in written:
-        assert extent.location.segment == 3
-        found = read_extent(store, extent)
-        assert found.keys.equal(block.keys) and found.values.equal(block.values)
+    blocks = [random_block(5, seed=number) for number in range(2)]
+    extents = write_blocks(store, blocks)
+    assert {extent.location.segment for extent in extents} == {3}
+    assert_holds(store, extents, blocks)
     store.close()
 
 

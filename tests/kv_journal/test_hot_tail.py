@@ -22,7 +22,7 @@ class TestHotTail(SpillPolicyTests):
         return HotTail().plan(geometry, memory, budget)
 
 
-@pytest.mark.parametrize(("device_type", "flush", "hot"), [("cpu", 256, 128), ("cuda", 128, 64), ("mps", 128, 64)])
+@pytest.mark.parametrize(("device_type", "flush", "hot"), [("cpu", 256, 128), ("cuda", 128, 64)])
 def test_half_of_the_tail_stays_hot(device_type, flush, hot):
     plan = HotTail().plan(KVGeometry(()), memory(device_type), None)
     assert (plan.flush_tokens, plan.hot_tokens) == (flush, hot)

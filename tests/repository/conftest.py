@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
@@ -60,6 +61,14 @@ def adapter_directory(tmp_path_factory, model_directory) -> Path:
     get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"])).save_pretrained(directory)
     (directory / "optimizer.pt").write_bytes(b"not read")
     return directory
+
+
+@pytest.fixture
+def shallow(monkeypatch):
+    """Children of this test that run the kit do so with the plugin `shallow`."""
+    tests = str(ROOT / "tests")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), tests])))
+    monkeypatch.setenv("PYTEST_PLUGINS", "repository.shallow")
 
 
 @pytest.fixture

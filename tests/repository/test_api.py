@@ -26,25 +26,19 @@ PUBLIC_MODULES = ("ollm", "ollm.plugin", "ollm.testing")
 INTENDED: dict[str, str] = {}
 """Breaking changes that are meant, by path, and why: they need a new minor version."""
 
-SHAPES = """
-import inspect, json
+LOOK = """
+import inspect
 import attrs
+import ollm
 import ollm.plugin as api
 
-abstract, required = {}, {}
+abstract, required, calls = {}, {}, {}
 for name in api.__all__:
     value = getattr(api, name)
     if inspect.isabstract(value):
         abstract[name] = sorted(value.__abstractmethods__)
     if attrs.has(value):
         required[name] = [field.name for field in attrs.fields(value) if field.default is attrs.NOTHING]
-print(json.dumps({"abstract": abstract, "required": required}))
-"""
-CALLS = """
-import inspect, json
-import ollm
-
-calls = {}
 for name in ollm.__all__:
     value = getattr(ollm, name)
     if value.__module__.startswith("ollm"):
@@ -55,9 +49,10 @@ for name in ollm.__all__:
         for path, function in found.items():
             if (function.__module__ or "").startswith("ollm"):
                 calls[path] = [[p.name, repr(p.default)] for p in inspect.signature(function).parameters.values()]
-print(json.dumps(calls))
+answer = {"abstract": abstract, "required": required, "calls": calls}
 """
-"""What the functions of `ollm` take, as Python itself sees it: some signatures are made from records."""
+"""What contracts ask of plugins, and what the functions of `ollm` take, as Python itself sees it: some signatures are
+made from records."""
 
 MADE_BY_CORE = {
     "BlockKey", "BuildContext", "Extent", "KVBuildContext", "KVGeometry", "KVLayout", "LayerGeometry", "MemorySnapshot",
@@ -65,7 +60,7 @@ MADE_BY_CORE = {
 """Records that plugins only read: core may add what it fills in itself."""
 
 USE_THE_OLD_PLUGIN = """
-import json, sys
+import sys
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -87,8 +82,8 @@ for arguments in (
     with disk_cache(model, **arguments) as cache:
         same.append(model.generate(prompt, max_new_tokens=20, do_sample=False, past_key_values=cache).equal(expected))
         assert cache.state().persisted_tokens > 0
-print(json.dumps({"status": str(report.status.value), "warnings": report.warnings, "same": same,
-    "offers": sorted(offer.strategy.name for offer in report.offers)}))
+answer = {"status": str(report.status.value), "warnings": report.warnings, "same": same,
+    "offers": sorted(offer.strategy.name for offer in report.offers)}
 """
 
 
@@ -104,10 +99,24 @@ def released(tmp_path_factory):
     return folders
 
 
+@pytest.fixture(scope="module")
+def answers(released):
+    """What `LOOK` finds in core of the last release, and here."""
+    here = {}
+    exec(LOOK, here)
+    return ask(LOOK, path=[released["ollm_core"]]), here["answer"]
+
+
+@pytest.fixture(scope="module")
+def before(released):
+    """Core of the last release, as griffe reads it."""
+    return griffe.load("ollm", search_paths=[released["ollm_core"]])
+
+
 def ask(script, *arguments, path):
-    """What a script prints, in a process with these folders first on its path."""
+    """The `answer` of a script, in a process with these folders first on its path."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, path)), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", script, *map(str, arguments)]
+    command = [sys.executable, "-c", f"{script}\nimport json; print(json.dumps(answer))", *map(str, arguments)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
@@ -124,9 +133,9 @@ def public_paths(package):
     return found
 
 
-def breaking_changes(old, new):
-    """What would break users of public names, by path, between two folders with `ollm` in them."""
-    before, after = (griffe.load("ollm", search_paths=[folder]) for folder in (old, new))
+def breaking_changes(before, folder):
+    """What would break users of public names, by path, between core as it was and what is in a folder."""
+    after = griffe.load("ollm", search_paths=[folder])
     public = public_paths(before)
     assert len(public) > 40
     return {
@@ -136,42 +145,32 @@ def breaking_changes(old, new):
     }
 
 
-def test_no_public_name_changed_in_a_way_that_breaks_its_users(released):
-    broken = breaking_changes(released["ollm_core"], SOURCES)
+def test_no_public_name_changed_in_a_way_that_breaks_its_users(before):
+    broken = breaking_changes(before, SOURCES)
     assert {path: why for path, why in broken.items() if path not in INTENDED} == {}
 
 
-@pytest.mark.parametrize(
-    ("file", "before", "after", "path"),
-    [
-        ("contracts/kv.py", "def write(self, block:", "def write(self, data:", "contracts.kv.KVStore.write"),
-        ("contracts/kv.py", "    def adopt(", "    def go_on(", "contracts.kv.KVStore.adopt"),
-        (
-            "contracts/spill.py",
-            "        flush_tokens: int,",
-            "        tokens: int,",
-            "contracts.spill.SpillPlan.for_memory",
-        ),
-        (
-            "api/inference.py",
-            "        adapter_dir: str",
-            "        peft_dir: str",
-            "api.inference.AutoInference.__init__",
-        ),
-    ],
-)
-def test_a_breaking_change_is_found(released, tmp_path, file, before, after, path):
+CHANGES = [
+    ("contracts/kv.py", "def write(self, block:", "def write(self, data:", "contracts.kv.KVStore.write"),
+    ("contracts/kv.py", "    def adopt(", "    def go_on(", "contracts.kv.KVStore.adopt"),
+    ("contracts/spill.py", " flush_tokens: int,", " tokens: int,", "contracts.spill.SpillPlan.for_memory"),
+    ("api/inference.py", " adapter_dir: str", " peft_dir: str", "api.inference.AutoInference.__init__"),
+]
+
+
+def test_every_breaking_change_is_found(released, before, tmp_path):
     shutil.copytree(released["ollm_core"] / "ollm", tmp_path / "ollm")
-    changed = tmp_path / "ollm" / file
-    text = changed.read_text(encoding="utf-8")
-    assert before in text
-    changed.write_text(text.replace(before, after), encoding="utf-8")
-    assert f"ollm.{path}" in breaking_changes(released["ollm_core"], tmp_path)
+    for file, old, new, _ in CHANGES:
+        changed = tmp_path / "ollm" / file
+        text = changed.read_text(encoding="utf-8")
+        assert old in text
+        changed.write_text(text.replace(old, new), encoding="utf-8")
+    assert {f"ollm.{path}" for *_, path in CHANGES} == {*breaking_changes(before, tmp_path)}
 
 
-def test_what_people_call_takes_what_it_took(released):
+def test_what_people_call_takes_what_it_took(answers):
     """By name and by position; new arguments come last and have defaults."""
-    old, new = (ask(CALLS, path=[folder]) for folder in (released["ollm_core"], SOURCES))
+    old, new = (answer["calls"] for answer in answers)
     assert len(old) > 15
     assert [name for name, _ in old["Inference.DiskCache"]][:3] == ["self", "cache_dir", "cache_strategy"]
     assert {path: new.get(path, [])[: len(parameters)] for path, parameters in old.items()} == old
@@ -179,9 +178,9 @@ def test_what_people_call_takes_what_it_took(released):
     assert [name for name, default in more if default == repr(inspect.Parameter.empty)] == []
 
 
-def test_contracts_ask_no_more_of_plugins(released):
+def test_contracts_ask_no_more_of_plugins(answers):
     """No new abstract method, and no new field that a plugin would have to fill in."""
-    old, new = (ask(SHAPES, path=[folder]) for folder in (released["ollm_core"], SOURCES))
+    old, new = answers
     assert len(old["abstract"]) == 6
     for name, methods in old["abstract"].items():
         assert set(new["abstract"][name]) <= set(methods), f"{name}: a new method needs a default"

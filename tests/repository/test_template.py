@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import tomllib
@@ -18,8 +19,8 @@ TEMPLATE = ROOT / "templates" / "ollm-plugin"
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 KINDS = ("kv-store", "spill-policy", "placement")
 CHOICES = [(kind,) for kind in KINDS] + [("spill-policy", "placement"), KINDS]
-TESTS = "tests/test_acme_far_away.py"
-ANSWERS = {"distribution": "acme-far-away", "strategy": "far-away", "author": 'Ann "A." Uthor'}
+NAMES = {"store_name": "far-away", "policy_name": "when-it-rains", "placement_name": "upstairs"}
+ANSWERS = {"distribution": "acme-far-away", "author": 'Ann "A." Uthor', **NAMES}
 
 
 @pytest.fixture(params=CHOICES, ids="+".join)
@@ -68,10 +69,20 @@ def test_it_pins_this_minor_version_of_core(project):
     assert metadata["authors"] == [{"name": ANSWERS["author"]}]
 
 
-def test_the_tests_of_a_project_with_everything_pass(tmp_path):
-    """But for the longest one: its store is `chunked`, which passes that elsewhere."""
+def test_the_tests_of_a_project_with_everything_pass(tmp_path, shallow):
+    """Its store is `chunked`, which passes them at depth elsewhere."""
     render(tmp_path / "project", kinds=list(KINDS))
-    assert "passed" in kit_of(tmp_path / "project", "--deselect", f"{TESTS}::TestStore::test_random_operations")
+    assert "passed" in kit_of(tmp_path / "project", "--hypothesis-profile=least")
+
+
+def test_each_kind_has_the_name_that_was_chosen_for_it(tmp_path):
+    render(tmp_path / "project", kinds=list(KINDS))
+    entry = (tmp_path / "project" / "src" / "acme_far_away" / "__init__.py").read_text(encoding="utf-8")
+    assert re.findall(r'name="([a-z-]+)"', entry) == ["far-away", "when-it-rains", "upstairs"]
+    assert 'directory="kv_cache_far_away"' in entry
+    render(tmp_path / "other", kinds=list(KINDS), **dict.fromkeys(NAMES, "acme-far-away"))
+    entry = (tmp_path / "other" / "src" / "acme_far_away" / "__init__.py").read_text(encoding="utf-8")
+    assert re.findall(r'name="([a-z-]+)"', entry) == ["acme-far-away"] * 3
 
 
 @pytest.mark.parametrize("kind", ["kv-store", "placement"])
@@ -81,7 +92,7 @@ def test_a_project_with_one_kind_is_a_whole_plugin(kind, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"distribution": "Acme KV"}, {"strategy": "4bit"}, {"kinds": []}, {"author": " "}], ids=str
+    "wrong", [{"distribution": "Acme KV"}, {"placement_name": "4bit"}, {"kinds": []}, {"author": " "}], ids=str
 )
 def test_answers_that_make_no_plugin_are_refused(wrong, tmp_path):
     with pytest.raises(ValueError, match=r"[Uu]se lower-case|Choose at least one|licence needs a name"):

@@ -27,12 +27,27 @@ SIZES = {
 MLA = {"head_dim": 8, "num_key_value_heads": 4}
 """Latent attention: every head has keys of its own, and `head_dim` is that of the rotary part."""
 OVERRIDES: dict[str, dict[str, Any]] = dict.fromkeys(
-    ("deepseek_v2", "deepseek_v3", "glm4_moe_lite", "longcat_flash", "minicpm3", "youtu"), MLA
+    (
+        "deepseek_v2",
+        "deepseek_v3",
+        "deepseek_v32",
+        "glm4_moe_lite",
+        "glm_moe_dsa",
+        "longcat_flash",
+        "minicpm3",
+        "youtu",
+    ),
+    MLA,
 )
 
 _SPECIAL = {"vocab_size": 101, "bos_token_id": 1, "eos_token_id": None, "pad_token_id": 0}
 _STATE_SPACE = {"hidden_size": 32, "state_size": 4, "num_hidden_layers": 2, **_SPECIAL}
 EXACT: dict[str, dict[str, Any]] = {
+    "falcon_h1": {
+        "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "head_dim": 8, "mamba_d_ssm": 64, "mamba_n_heads": 8, "mamba_d_head": 8,
+        "mamba_d_state": 8, "mamba_chunk_size": 16, "initializer_range": 0.3, **_SPECIAL,
+    },
     "falcon_mamba": _STATE_SPACE,
     "mamba": _STATE_SPACE,
     "mamba2": {"num_heads": 8, "head_dim": 8, "n_groups": 1, **_STATE_SPACE},
@@ -41,6 +56,12 @@ EXACT: dict[str, dict[str, Any]] = {
         "hidden_size": 32, "num_attention_heads": 2, "attention_head_size": 16, "feed_forward_size": 48, **_SPECIAL,
     },
     "xlnet": {"d_model": 32, "n_layer": 2, "n_head": 4, "d_inner": 48, **_SPECIAL},
+    "zamba2": {
+        "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4,
+        "num_key_value_heads": 4, "head_dim": 8, "mamba_d_state": 8, "mamba_headdim": 8, "n_mamba_heads": 8,
+        "mamba_ngroups": 1, "num_mem_blocks": 1, "chunk_size": 16, "initializer_range": 0.3,
+        "layers_block_type": ["linear_attention", "hybrid"] * 2, **_SPECIAL,
+    },
     "xlstm": {"hidden_size": 64, "num_hidden_layers": 2, "num_heads": 4, "qk_dim_factor": 1.0, **_SPECIAL},
 }  # fmt: skip
 """Those for which generic settings do not do."""

@@ -7,13 +7,13 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from ollm import AutoInference
-from together.tiny_models import VOCABULARY, make_model
+from together.tiny_models import make_model
 
 
 def save_checkpoint(folder, model, **settings):
     """A complete model directory."""
     model.save_pretrained(folder, **settings)
-    vocabulary = {f"w{index}": index for index in range(VOCABULARY)}
+    vocabulary = {f"w{index}": index for index in range(model.config.vocab_size)}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="w0"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="w0", pad_token="w0").save_pretrained(folder)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import weakref
 
 import attrs
 import hypothesis.strategies as st
@@ -10,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given
 
-from ollm.attention import blockwise
+from ollm.attention import blockwise, masks
 from ollm.attention.blockwise import Block, Scores, blockwise_attention
 from ollm.attention.masks import TileMask, Visible
 
@@ -176,6 +177,43 @@ def test_a_tile_is_evaluated_once_for_all_layers():
     mask = mask_of(function=function)
     assert mask.tile(8, 16, 0, 8) is mask.tile(8, 16, 0, 8) is Visible.ALL
     assert len(calls) == 1
+
+
+def test_the_answers_of_a_long_prompt_do_not_pile_up(monkeypatch):
+    """Only the newest tensors are kept, whatever the number of pieces; what is asked for again is right again."""
+    made = []
+
+    def function(rows, heads, queries, keys):
+        return (keys <= queries) & (keys > queries - 64)
+
+    real = TileMask._evaluate
+
+    def evaluate(mask, *place):
+        answer = real(mask, *place)
+        if isinstance(answer, torch.Tensor):
+            made.append(weakref.ref(answer))
+        return answer
+
+    monkeypatch.setattr(TileMask, "_evaluate", evaluate)
+    monkeypatch.setattr(masks, "KEPT_BYTES", 4 * 16 * 16)
+    mask = mask_of(function=function, queries=1024, query_offset=0, keys=1024)
+
+    def visible(query, key):
+        answer = mask.queries_between(query, query + 16).tile(query, query + 16, key, key + 16)
+        if isinstance(answer, Visible):
+            return torch.full((16, 16), answer is Visible.ALL)
+        return answer.expand(1, 1, 16, 16)[0, 0]
+
+    queries, keys = torch.arange(1024)[:, None], torch.arange(1024)
+    truth = function(None, None, queries, keys)
+    for _ in range(2):
+        for query in range(0, 1024, 16):
+            for key in range(0, 1024, 256):
+                assert torch.equal(visible(query, key), truth[query : query + 16, key : key + 16])
+    for query in range(0, 1024, 16):
+        visible(query, query)
+    assert len(made) > 50
+    assert sum(ref() is not None for ref in made) <= 4
 
 
 def test_no_block_is_joined_with_another(monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 
 import importlib_metadata
@@ -12,8 +13,15 @@ from ollm.cli import app
 from ollm.registry import PluginReport, Registry, Status
 
 
-def run():
-    result = CliRunner().invoke(app, ["doctor"])
+@pytest.fixture(autouse=True)
+def small_sample(monkeypatch):
+    from ollm.cli import doctor
+
+    monkeypatch.setattr(doctor, "_SAMPLE", 2**22)
+
+
+def run(*arguments):
+    result = CliRunner().invoke(app, ["doctor", *arguments])
     return result.exit_code, result.stdout
 
 
@@ -30,6 +38,22 @@ def test_a_sound_installation():
         "core",
     ):
         assert expected in output
+
+
+def test_it_says_what_memory_and_disk_would_take(tmp_path):
+    code, output = run("--cache-dir", str(tmp_path))
+    assert code == 0
+    assert re.search(r"memory: [\d.]+ \wiB free of [\d.]+ \wiB", output)
+    assert re.search(r"weights of about .*, such as [\d.]+ billion parameters in bfloat16", output)
+    assert re.search(rf"disk at {tmp_path}: [\d.]+ \wiB free, reads [\d.]+ GB/s", output)
+    assert re.search(r"keys and values of [\d,]+ tokens of a model like Llama 3 8B \(128.0 KiB each\)", output)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_that_cannot_be_measured(tmp_path):
+    code, output = run("--cache-dir", str(tmp_path / "missing"))
+    assert code == 1
+    assert "missing cannot be measured: No such file or directory. Name another folder with --cache-dir" in output
 
 
 def test_a_second_distribution_that_provides_the_module(monkeypatch):

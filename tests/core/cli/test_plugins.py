@@ -67,10 +67,28 @@ def test_the_list_names_distribution_version_strategies_and_reasons(output):
 
 def test_verbose_adds_facts_and_options(output):
     text = squeeze(output("-v"))
-    assert "lossy; keeps a window: changes semantics; folder: kv_cache_sqlite; spill policy: auto" in text
+    kept = "not lossless: keeps a window and forgets what is older; what it keeps comes back as other numbers"
+    assert f"{kept}; folder: kv_cache_sqlite; spill policy: auto" in text
     assert "downsides: Slow." in text
     assert "option journal (bool, default True): Write a journal." in text
-    assert "option max_disk_bytes (ByteSize | None, default None):" in text
+
+
+def test_verbose_says_options_that_stores_share_once(output):
+    text = squeeze(output("-v"))
+    assert text.count("max_disk_bytes (ByteSize | None, default None):") == 1
+    assert text.count("min_free_bytes (ByteSize, default 256.0 MiB):") == 1
+    chunked = text[text.index("KV store chunked") :]
+    assert "options of storage: see the end" in chunked[: chunked.index("spill policy auto Flush")]
+
+
+def test_verbose_calls_no_window_lossless(installer):
+    installer.install("acme-kv", STORE.replace("lossless=False", "lossless=True"))
+    registry.cache_clear()
+    text = squeeze(CliRunner().invoke(app, ["plugins", "-v"]).stdout)
+    registry.cache_clear()
+    sqlite = text[text.index("KV store sqlite") :]
+    assert sqlite[: sqlite.index("option journal")].count("lossless") == 1
+    assert "not lossless: keeps a window and forgets what is older; what it keeps is exact" in sqlite
 
 
 def test_json_holds_all_of_it(output):
@@ -155,6 +173,13 @@ def test_the_command_is_installed():
 
 def test_version():
     assert CliRunner().invoke(app, ["--version"]).stdout == f"ollm {__version__}\n"
+
+
+@pytest.mark.parametrize("command", [[], ["plugins"], ["doctor"], ["bench"]])
+def test_help_has_a_short_form(command):
+    long, short = (CliRunner().invoke(app, [*command, option]) for option in ("--help", "-h"))
+    assert long.exit_code == short.exit_code == 0
+    assert long.stdout == short.stdout
 
 
 def test_an_error_that_ollm_raises_on_purpose_is_one_line(monkeypatch, capsys):

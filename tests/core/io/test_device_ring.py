@@ -6,8 +6,10 @@ import pytest
 import torch
 
 from core.io.fake_streams import FakeStreams
+from core.kv.engine_fixtures import ANY, make_session, tokens
 from ollm.io.device_ring import DeviceRing
-from ollm.io.ledger import ledger
+from ollm.kv.history import LayerHistory
+from ollm.kv.session import KVSession
 
 CPU = torch.device("cpu")
 
@@ -83,22 +85,16 @@ def test_buffers_made_in_inference_mode_are_filled_outside_it_too(streams):
     ring.close()
 
 
-def test_the_ledger_knows_what_the_buffers_are_for_and_gets_them_back(streams):
-    before = list(ledger._claims)
+def test_the_ledger_knows_what_the_buffers_are_for_and_gets_them_back(streams, claims):
     ring = make(streams, 64, 3)
-    (claim,) = (claim for claim in ledger._claims if claim not in before)
+    (claim,) = claims()
     assert (claim.purpose, claim.nbytes, claim.used) == ("Test buffers", 192, 192)
     ring.close()
-    assert ledger._claims == before
+    assert claims() == []
 
 
 @pytest.mark.gpu
 def test_blocks_on_an_accelerator_are_those_that_were_stored(tmp_path):
-    from core.engine_fixtures import make_session, tokens
-
-    from ollm.kv.history import LayerHistory
-    from ollm.kv.session import KVSession
-
     device = torch.device("cuda:0")
     session, _ = make_session(tmp_path, layers=1)
     on_device = KVSession(session.store, session.plan, strategy="test", layers=range(1), device=device)
@@ -106,7 +102,8 @@ def test_blocks_on_an_accelerator_are_those_that_were_stored(tmp_path):
     keys, values = (tensor.to(device) for tensor in tokens(200))
     layer.append(keys, values)
     for _ in range(20):
-        blocks = {block.start: block.keys.clone() for block in layer.handle(keys[:, :, :1], values[:, :, :1]).blocks()}
+        handle = layer.handle(keys[:, :, :1], values[:, :, :1])
+        blocks = {block.start: block.keys.clone() for block in handle.blocks(ANY)}
         whole = torch.cat([blocks[start] for start in sorted(blocks)], dim=2)
         assert torch.equal(whole[:, :, :200], keys)
     on_device.close()

@@ -201,6 +201,20 @@ def test_claims_from_many_threads_never_exceed_what_is_free(cgroup):
     assert sum(claim is not None for claim in claims) == 47
 
 
+def test_what_is_claimed_on_one_device_is_free_on_the_others(cgroup, monkeypatch):
+    cgroup([], {})
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (8 * GIB, 80 * GIB))
+    first, second = torch.device("cuda:0"), torch.device("cuda:1")
+    ledger = module.MemoryLedger()
+    held = ledger.claim("weights", 6 * GIB, first)
+    assert ledger.measure(first).device_free == 2 * GIB
+    assert ledger.measure(second).device_free == 8 * GIB
+    assert ledger.measure(first).host_free == 48 * GIB
+    with pytest.raises(MemoryLimitError, match=r"need 6\.0 GiB of memory on cuda:0, and of 2\.0 GiB free"):
+        ledger.claim("weights", 6 * GIB, first)
+    assert ledger.claim("weights", 6 * GIB, second).device != held.device
+
+
 def test_a_claim_may_be_released_while_another_one_is_made(monkeypatch):
     """As the garbage collector does, at any moment and in any thread."""
     ledger, device = module.MemoryLedger(), torch.device("cpu")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 import tempfile
 from pathlib import Path
@@ -90,8 +91,9 @@ STEPS = st.one_of(
 def test_any_schedule_gives_what_torch_cat_gives(steps, fixed, flush, hot, resident):
     with tempfile.TemporaryDirectory() as folder:
         session, (layer,) = make(
-            folder, FixedStore if fixed else ChunkedStore, flush_tokens=flush, hot_tokens=hot, resident_bytes=resident
-        )
+            folder, FixedStore if fixed else ChunkedStore,
+            flush_tokens=flush, hot_tokens=min(hot, flush - 1), resident_bytes=resident,
+        )  # fmt: skip
         keys, values = tokens(0, rows=3)
         for seed, (step, argument) in enumerate(steps):
             if step == "append":
@@ -220,10 +222,28 @@ def test_what_is_appended_is_copied(one_layer):
 def test_another_batch_is_refused(one_layer):
     _, layer = one_layer()
     layer.append(*tokens(3))
-    for wrong in (tokens(1, rows=3), tuple(tensor.double() for tensor in tokens(1))):
+    for wrong in (tokens(1, rows=3), tuple(tensor[..., :-1] for tensor in tokens(1))):
         with pytest.raises(BatchMismatchError, match=r"serves one batch.*reset"):
             layer.append(*wrong)
     assert layer.tokens == 3
+
+
+@pytest.mark.parametrize("dtypes", list(itertools.permutations([torch.float16, torch.float32, torch.float64])))
+@pytest.mark.parametrize("flush", [1000, 4, 1])
+def test_numbers_become_as_wide_as_the_widest_and_none_is_rounded(one_layer, dtypes, flush):
+    """Keys and values may differ as well."""
+    _, layer = one_layer(flush_tokens=flush)
+    expected = None
+    for seed, dtype in enumerate(dtypes):
+        keys, values = tokens(3, seed=seed)
+        keys, values = keys.to(dtype), values.half()
+        layer.append(keys, values)
+        new = keys.double(), values.double()
+        expected = new if expected is None else tuple(map(torch.cat, zip(expected, new, strict=True), [2, 2]))
+        assert all(torch.equal(one.double(), other) for one, other in zip(whole(layer), expected, strict=True))
+        fork = layer.fork(layer.table.branch + 1)
+        assert all(torch.equal(one.double(), other) for one, other in zip(whole(fork), expected, strict=True))
+        fork.close()
 
 
 def test_a_store_that_fails_in_the_middle_leaves_the_history_as_it_was(one_layer):

@@ -76,7 +76,7 @@ def test_a_window_with_sinks(folder: CacheFolder) -> None:
             given[layer, TOKENS * number] = pair
     gone = layers[0].table.first_kept
     assert gone > SINKS, "or this tests no gap"
-    session.store.storage.commit([history.table.kept() for history in layers])
+    session.store.storage.commit([history.table.listed() for history in layers])
     session.close()
     again, tables = taken_up(folder.path, window=WINDOW)
     for layer, table in enumerate(tables):
@@ -96,7 +96,7 @@ def test_a_window_that_all_of_it_has_left(folder: CacheFolder) -> None:
         history.append(*tokens(TOKENS))
         history.table.evict(TOKENS + WINDOW, WINDOW, 0)
         assert not history.table.entries
-    session.store.storage.commit([history.table.kept() for history in layers])
+    session.store.storage.commit([history.table.listed() for history in layers])
     session.close()
     again, tables = taken_up(folder.path, window=WINDOW)
     assert [(len(table.entries), table.tokens, table.first_kept) for table in tables] == 2 * [(0, TOKENS, TOKENS)]
@@ -119,7 +119,7 @@ def test_a_batch_that_was_reordered(folder: CacheFolder) -> None:
     expected = [stored(session, history.table) for history in layers]
     assert torch.equal(expected[0][2 * TOKENS][0], tokens(TOKENS, seed=3, rows=3)[0][[2, 0, 0]])
     extents = [extents_of(history) for history in layers]
-    session.store.storage.commit([history.table.kept() for history in layers])
+    session.store.storage.commit([history.table.listed() for history in layers])
     session.close()
     again, tables = taken_up(folder.path)
     for table, ours, true in zip(tables, extents, expected, strict=True):
@@ -139,7 +139,7 @@ def test_what_was_taken_up_is_freed_when_it_is_dropped(folder: CacheFolder) -> N
     layers = layers_of(session)
     for history in layers:
         history.append(*tokens(2 * TOKENS))
-    session.store.storage.commit([history.table.kept() for history in layers])
+    session.store.storage.commit([history.table.listed() for history in layers])
     session.close()
     again, tables = taken_up(folder.path)
     assert again.store.stats().disk_bytes > 0

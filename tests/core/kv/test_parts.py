@@ -21,10 +21,10 @@ from ollm.contracts.storage import Pieces
 from ollm.errors import CorruptDataError, StorageError
 from ollm.io import shim
 from ollm.io.buffers import ALIGNMENT
-from ollm.io.ledger import ledger
 from ollm.io.scheduler import WORKERS
 from ollm.io.shim import Disk
-from ollm.kv.parts import IN_FLIGHT, MOST_READ_BYTES, Part, PartReader
+from ollm.kv.parts import Part, PartReader
+from ollm.storage.options import MOST_READ_BYTES, PARTS_IN_FLIGHT
 from ollm.storage.segments import SegmentedStorage
 
 pytestmark = pytest.mark.timeout(60)
@@ -202,8 +202,8 @@ class Gate(Disk):
 
 @pytest.fixture
 def many(storage: SegmentedStorage) -> tuple[list[Part], list[KVBlock]]:
-    """One token of one head of 3 × `IN_FLIGHT` extents, each a read of its own."""
-    blocks = [numbers(1, 1, 4, 8, 8, torch.float32, seed=seed) for seed in range(3 * IN_FLIGHT)]
+    """One token of one head of 3 × `PARTS_IN_FLIGHT` extents, each a read of its own."""
+    blocks = [numbers(1, 1, 4, 8, 8, torch.float32, seed=seed) for seed in range(3 * PARTS_IN_FLIGHT)]
     extents = [write(storage, block, flush=False) for block in blocks]
     storage.flush()
     return [Part(extent, range(1), range(1, 3)) for extent in extents], blocks
@@ -219,7 +219,7 @@ def test_many_reads_are_in_flight_and_never_more_than_there_are_buffers(
 
     def submit(action: Any, *arguments: Any) -> Any:
         submitted.append(1)
-        if len(submitted) == IN_FLIGHT:
+        if len(submitted) == PARTS_IN_FLIGHT:
             done.set()
         return real(action, *arguments)
 
@@ -231,8 +231,8 @@ def test_many_reads_are_in_flight_and_never_more_than_there_are_buffers(
     assert done.wait(30)
     for _ in range(WORKERS):
         assert gate.full.acquire(timeout=30)
-    assert (gate.now, len(submitted)) == (WORKERS, IN_FLIGHT), "all workers are at it, the others wait for them"
-    assert reader.buffer_bytes == IN_FLIGHT * MOST_READ_BYTES
+    assert (gate.now, len(submitted)) == (WORKERS, PARTS_IN_FLIGHT), "all workers are at it, the others wait for them"
+    assert reader.buffer_bytes == PARTS_IN_FLIGHT * MOST_READ_BYTES
     gate.opened.set()
     reading.join(30)
     for part, found, block in zip(parts, results, blocks, strict=True):
@@ -242,7 +242,7 @@ def test_many_reads_are_in_flight_and_never_more_than_there_are_buffers(
     assert reader.buffer_bytes == 0
 
 
-@pytest.mark.parametrize("fails", [0, 5, IN_FLIGHT + 3, 3 * IN_FLIGHT - 1])
+@pytest.mark.parametrize("fails", [0, 5, PARTS_IN_FLIGHT + 3, 3 * PARTS_IN_FLIGHT - 1])
 def test_after_an_error_nothing_is_in_flight_and_the_reader_goes_on(
     storage: SegmentedStorage, many: tuple[list[Part], list[KVBlock]], monkeypatch: pytest.MonkeyPatch, fails: int
 ) -> None:
@@ -288,13 +288,12 @@ def test_an_interrupt_while_asking_leaves_nothing_in_flight(
     reader.close()
 
 
-def test_memory_of_the_buffers_is_claimed_and_given_back(storage: SegmentedStorage) -> None:
-    before = sum(claim.nbytes for claim in ledger._claims)
+def test_memory_of_the_buffers_is_claimed_and_given_back(storage: SegmentedStorage, claims) -> None:
     reader = PartReader(storage)
-    assert sum(claim.nbytes for claim in ledger._claims) - before == IN_FLIGHT * MOST_READ_BYTES
+    assert sum(claim.nbytes for claim in claims()) == PARTS_IN_FLIGHT * MOST_READ_BYTES
     reader.close()
     reader.close()
-    assert sum(claim.nbytes for claim in ledger._claims) == before
+    assert claims() == []
 
 
 @pytest.mark.parametrize("is_reopened", [False, True])

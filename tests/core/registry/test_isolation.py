@@ -45,6 +45,12 @@ BROKEN = {
         PLACEMENTS + f"return [{GOOD}]",
         "placement 'a': `facts` are for KV stores only",
     ),
+    "a placement with options": (
+        "import attrs\n@attrs.frozen\nclass Some:\n    depth: int = 3\n"
+        + PLACEMENTS
+        + "return [Strategy(name='a', summary='s', build=build, options=Some)]",
+        "offload placement 'a': `options` are for KV stores only, nobody could set them",
+    ),
     "a bad name": (HOOK + "return [Strategy(name='A B', summary='s', build=build)]", "name='A B': use lower-case"),
     "no summary": (HOOK + "return [Strategy(name='a', summary='', build=build)]", "ValueError: .*summary"),
     "nothing to build with": (HOOK + "return [Strategy(name='a', summary='s', build=7)]", "build"),
@@ -145,8 +151,8 @@ def test_options_without_help_get_a_warning(installer):
     installer.install(
         "acme-kv",
         "import attrs\n@attrs.frozen\nclass Bare:\n    depth: int = 3\n"
-        "@hookimpl\ndef ollm_spill_policies():\n"
-        "    return [Strategy(name='a', summary='s', build=build, options=Bare)]",
+        "@hookimpl\ndef ollm_kv_stores():\n"
+        "    return [Strategy(name='a', summary='s', build=build, options=Bare, facts=LOSSLESS)]",
     )
     assert installer.report("acme-kv").warnings == (
         "option 'depth' of 'a' has no help text: make it with `ollm.plugin.option`",

@@ -17,6 +17,7 @@ from ollm.errors import CorruptDataError
 from ollm.storage import records
 from ollm.storage.records import ALIGNMENT, DTYPE_CODES, check_header, check_payload, identity, make_header, padded
 from ollm.storage.tensors import head_spans, lay_out, pack, unpack
+from ollm.testing.case import some
 
 STORE_ID = bytes(range(16))
 KEY = BlockKey(layer=3, branch=2, start=2**33 + 5, tokens=7, rows=2)
@@ -73,7 +74,7 @@ def test_a_header_that_is_asked_for_is_accepted() -> None:
 def test_every_flipped_bit_of_the_header_block_is_noticed(payload: bytes) -> None:
     block, asked = header_block(payload), begins(location=attrs.evolve(LOCATION, nbytes=len(payload)))
     view = memoryview(block)
-    for bit in range(8 * ALIGNMENT):
+    for bit in some(range(8 * ALIGNMENT), 1640):
         block[bit // 8] ^= 1 << bit % 8
         with pytest.raises(CorruptDataError):
             check_header(view, asked)

@@ -9,6 +9,7 @@ from concurrent.futures import wait
 
 import pytest
 
+from core.interrupts import interrupted
 from core.storage.storage_fixtures import (
     commit,
     committed_extents,
@@ -21,8 +22,10 @@ from core.storage.storage_fixtures import (
 )
 from ollm.errors import DiskFullError, StorageError
 from ollm.io import shim
+from ollm.io.scheduler import scheduler_of
 from ollm.storage.options import WRITE_BUFFERS
 from ollm.testing.faults import FaultyDisk
+from ollm.testing.processes import watchdog
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -194,3 +197,64 @@ def test_a_commit_waits_for_what_is_being_written_and_says_if_it_failed(tmp_path
     assert committed_extents(storage) == (extent,)
     assert storage.stats().bytes_written == 8192
     storage.close()
+
+
+def test_without_a_thread_a_write_is_an_error_that_adds_nothing_and_costs_no_buffer(tmp_path, no_new_threads, workers):
+    """However often it happens; and what can be written later is."""
+    storage = open_storage(tmp_path)
+    with no_new_threads():
+        for _ in range(WRITE_BUFFERS + 2):
+            with pytest.raises(StorageError, match=r"No thread .*ulimit"):
+                put(storage, b"refused")
+    assert storage.stats().disk_bytes == 0
+    extents = [put(storage, bytes([number]), flush=False) for number in range(2 * WRITE_BUFFERS)]
+    storage.flush()
+    assert [get(storage, extent) for extent in extents] == [bytes([number]) for number in range(2 * WRITE_BUFFERS)]
+    storage.close()
+    assert workers() == []
+
+
+def test_the_threads_that_there_are_do_all_the_work_where_no_more_can_be_had(tmp_path, no_new_threads, workers):
+    storage = open_storage(tmp_path)
+    put(storage, b"first")
+    assert len(workers()) == 1
+    with no_new_threads():
+        gates = [storage.submit(threading.Event().wait, 0) for _ in range(20)]
+        extents = [put(storage, bytes([number]), flush=False) for number in range(2 * WRITE_BUFFERS)]
+        storage.flush()
+        assert not any(gate.result() for gate in gates)
+    assert [get(storage, extent) for extent in extents] == [bytes([number]) for number in range(2 * WRITE_BUFFERS)]
+    storage.close()
+
+
+def test_an_interrupt_while_a_failed_write_is_tried_again_leaves_nobody_waiting(tmp_path, gate, monkeypatch):
+    for at in range(60):
+        storage = open_storage(tmp_path)
+        disk = gate(errno.EIO)
+        extent = put(storage, b"kept", flush=False)
+        disk.opened.set()
+        with pytest.raises(StorageError):
+            storage.flush()
+        disk.code = None
+        where = interrupted(storage.raise_failed, at)
+        with watchdog(30):
+            storage.flush()
+            assert get(storage, extent) == b"kept", where
+            for _ in range(WRITE_BUFFERS + 1):
+                put(storage, b"more")
+            storage.close()
+        if not where:
+            return
+    raise AssertionError("it never came to its end")
+
+
+def test_what_was_asked_for_in_vain_is_never_run(tmp_path, monkeypatch, workers):
+    """The thread pool has put it into its queue by the time that it finds no thread."""
+    scheduler, ran = scheduler_of(tmp_path), []
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            scheduler.submit(ran.append, "in vain")
+    scheduler.submit(ran.append, "later").result()
+    scheduler.release()
+    assert ran == ["later"]

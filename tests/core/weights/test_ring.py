@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import threading
+import time
 
 import pytest
 import torch
 
+from core.interrupts import interrupted, lines_of, places
 from ollm.errors import WeightsError
 from ollm.io.scheduler import scheduler_of
+from ollm.testing.processes import watchdog
 from ollm.weights.counters import WeightCounters
 from ollm.weights.ring import IN_FLIGHT, Ring
 
@@ -201,3 +204,63 @@ def test_there_are_as_many_requests_as_threads():
     from ollm.io.scheduler import WORKERS
 
     assert IN_FLIGHT == WORKERS
+
+
+def test_an_interrupt_anywhere_leaves_a_ring_that_goes_on_and_ends(scheduler, log):
+    """Wherever Ctrl-C comes in `take`, `release` or `close`."""
+
+    def use(ring):
+        for layer in (0, 1, 2, 4, 0):
+            ring.take(layer)
+        ring.close()
+
+    count = lines_of(lambda: use(make(scheduler, log)[0]))
+    for at in places(count):
+        ring, _, buffers = make(scheduler, log)
+        with watchdog(20):
+            where = interrupted(lambda ring=ring: use(ring), at)
+            for layer in (0, 1, 2, 3, 4, 0, 1):
+                assert buffers[ring.take(layer)].tolist() == [layer] * 2, where
+            ring.close()
+        assert not ring._flying, where
+
+
+@pytest.mark.parametrize("after", [False, True])
+@pytest.mark.parametrize("at", range(6))
+def test_an_interrupt_while_a_read_is_asked_for_comes_up_and_loses_no_slot(scheduler, log, monkeypatch, at, after):
+    """Also if it comes when a worker has the request already."""
+    ring, _, buffers = make(scheduler, log)
+    submit, calls = scheduler.submit, iter(range(10**6))
+
+    def interrupting(action, request):
+        if next(calls) != at:
+            return submit(action, request)
+        if after:
+            submit(action, request)
+            while request._turn:  # until a worker has it
+                time.sleep(0)
+        raise KeyboardInterrupt
+
+    with watchdog(30):
+        with monkeypatch.context() as patch:
+            patch.setattr(scheduler, "submit", interrupting)
+            with pytest.raises(KeyboardInterrupt):
+                for layer in range(5):
+                    ring.take(layer)
+        for layer in (2, 3, 4, 0, 1):
+            assert buffers[ring.take(layer)].tolist() == [layer] * 2
+        ring.close()
+    assert not ring._flying
+
+
+def test_without_a_thread_a_layer_is_an_error_and_the_next_time_it_works(tmp_path, log, no_new_threads, workers):
+    scheduler = scheduler_of(tmp_path)
+    ring, _, buffers = make(scheduler, log)
+    with no_new_threads():
+        for _ in range(5):
+            with pytest.raises(WeightsError, match=r"tensor 0\.0: No thread .*ulimit"):
+                ring.take(0)
+    for layer in (0, 1, 2, 3):
+        assert buffers[ring.take(layer)].tolist() == [layer] * 2
+    ring.close()
+    scheduler.release()

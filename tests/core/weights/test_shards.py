@@ -63,6 +63,10 @@ def entry(**changes):
         (entry(shape="6"), "not whole numbers"),
         (entry(shape=[7]), "'b' of shape .* has 24 bytes"),
         (entry(shape=[2**40, 2**40]), "'b' of shape .* has 24 bytes"),
+        (entry(shape=[2**40] * 80_000), "'b' has the shape .*too many"),
+        (entry(shape=[10**4000]), "'b' of shape .* has 24 bytes"),
+        (entry(dtype="F" * 10**6), "'b' has the unknown dtype"),
+        (lambda header: header.update({"c" * 10**6: {**header["b"], "data_offsets": [48, 999]}}), "'ccc.*ends at byte"),
         (entry(data_offsets=[24]), "not whole numbers"),
         (entry(data_offsets=[16, 40]), "'a' and 'b' overlap"),
         (entry(data_offsets=[48, 24]), "has -24 bytes"),
@@ -78,8 +82,10 @@ def entry(**changes):
 )
 def test_a_wrong_header_is_refused_with_file_and_tensor(tmp_path, change, message):
     path = write_shard(tmp_path / SINGLE, {"a": random_tensor(6), "b": random_tensor(6)}, change=change)
-    with pytest.raises(ModelDirectoryError, match=rf"{SINGLE}.*{message}"):
-        read_shard(path)
+    with pytest.raises(ModelDirectoryError, match=rf"{SINGLE}.*{message}") as caught:
+        for tensor in read_shard(path).values():
+            tensor.check()
+    assert len(str(caught.value)) < 1000
 
 
 def headed(text, length=None):
@@ -101,6 +107,7 @@ def headed(text, length=None):
         (headed(b'{"a": 1, "a": 1}'), "a name occurs twice"),
         (headed(b"\xff\xfe"), "Cannot read"),
         (headed(b"[" * 100_000), "Cannot read"),
+        (headed(b"[" + b"[]," * 3_000_000 + b"[]]"), "more than 4000000 values"),
         (headed(b"{}") + b"x", "end at byte 10 of 11"),
     ],
 )
@@ -128,10 +135,58 @@ def test_an_index_says_where_tensors_are(sharded):
     }
 
 
-def test_a_swapped_shard_is_refused_with_file_and_tensor(sharded):
-    (sharded / "one.safetensors").replace(sharded / "two.safetensors")
-    write_shard(sharded / "one.safetensors", {"a": random_tensor(6)})
-    with pytest.raises(ModelDirectoryError, match=r"two\.safetensors does not hold 'b'"):
+def test_a_damaged_tensor_is_refused_only_where_it_is_needed(tmp_path):
+    path = write_shard(tmp_path / SINGLE, {"a": random_tensor(6), "b": random_tensor(6)}, change=entry(dtype="F7"))
+    found = Checkpoint.open(tmp_path).tensors
+    assert torch.equal(values_of(found["a"]), random_tensor(6))
+    with pytest.raises(ModelDirectoryError, match=rf"{path.name}.*'b' has the unknown dtype 'F7'"):
+        found["b"].check()
+
+
+def test_what_is_in_the_files_counts_and_not_what_the_index_says(sharded):
+    """As for transformers: an index may name what is nowhere, or name the wrong file, or leave something out."""
+    index = {"weight_map": {"a": "two.safetensors", "nowhere": "one.safetensors"}}
+    (sharded / INDEX).write_text(json.dumps(index))
+    assert set(Checkpoint.open(sharded).tensors) == {"a", "b"}
+
+
+def test_of_two_tensors_of_one_name_that_of_the_last_file_counts(sharded):
+    write_shard(sharded / "two.safetensors", {"a": random_tensor(6, seed=4), "b": random_tensor(4, 2, seed=1)})
+    assert torch.equal(values_of(Checkpoint.open(sharded).tensors["a"]), random_tensor(6, seed=4))
+
+
+def test_one_file_counts_before_an_index(sharded):
+    write_shard(sharded / SINGLE, {"a": random_tensor(6, seed=7)})
+    found = Checkpoint.open(sharded).tensors
+    assert set(found) == {"a"}
+    assert torch.equal(values_of(found["a"]), random_tensor(6, seed=7))
+
+
+@pytest.mark.parametrize("chosen", ["parts/three.safetensors", "parts/other.safetensors.index.json"])
+def test_what_the_config_names_counts_before_all_else(sharded, chosen):
+    write_shard(sharded / SINGLE, {"a": random_tensor(6, seed=7)})
+    (sharded / "parts").mkdir()
+    write_shard(sharded / "parts" / "three.safetensors", {"c": random_tensor(3)})
+    index = {"weight_map": {"c": "parts/three.safetensors"}}
+    (sharded / "parts" / "other.safetensors.index.json").write_text(json.dumps(index))
+    assert set(Checkpoint.open(sharded, chosen).tensors) == {"c"}
+
+
+@pytest.mark.parametrize(
+    "name", ["../x.safetensors", "/x.safetensors", "x/../../y.safetensors", "x.bin", "\0.safetensors"]
+)
+def test_files_elsewhere_and_of_other_kinds_are_refused(sharded, name):
+    with pytest.raises(ModelDirectoryError, match="not a safetensors file beside it"):
+        Checkpoint.open(sharded, name)
+    (sharded / INDEX).write_text(json.dumps({"weight_map": {"a": name}}))
+    with pytest.raises(ModelDirectoryError, match="not a safetensors file beside it"):
+        Checkpoint.open(sharded)
+
+
+def test_a_distributed_checkpoint_beside_the_weights_is_refused_and_both_are_named(sharded):
+    """transformers would take it, and none of the others."""
+    write_shard(sharded / "shard-00001-model-00001-of-00001.safetensors", {"a": random_tensor(6)})
+    with pytest.raises(ModelDirectoryError, match=rf"shard-00001-model-00001-of-00001\.safetensors.*{SINGLE}, {INDEX}"):
         Checkpoint.open(sharded)
 
 

@@ -10,35 +10,15 @@ import pytest
 import torch
 
 from core.io.fake_streams import FakeStreams
-from core.weights.streamed_decoder import CPU, LAYERS, Decoder, X, make_streamed, make_truth, tiers
+from core.weights.streamed_decoder import CPU, LAYERS, SIZE, Decoder, X, make_streamed, tiers
+from core.weights.weight_files import write_shard
 from ollm.errors import WeightsError
 from ollm.io.buffers import aligned_buffer
-from ollm.io.ledger import ledger
-from ollm.io.scheduler import _schedulers
 from ollm.weights import memory as weight_memory
 from ollm.weights.binding import LayerWeights
-from ollm.weights.checkpoint import Checkpoint
+from ollm.weights.checkpoint import SINGLE, Checkpoint
 from ollm.weights.layout import Parameter, Source
 from ollm.weights.streamer import WeightStreamer
-
-
-@pytest.fixture
-def truth():
-    return make_truth()
-
-
-@pytest.fixture
-def streamed(tmp_path, truth):
-    decoder, streamer = make_streamed(tmp_path, truth)
-    yield decoder, streamer
-    streamer.remove()
-
-
-@pytest.fixture(autouse=True)
-def no_gradients():
-    with torch.no_grad():
-        yield
-
 
 PLACEMENTS = [(), (0,), (5,), (0, 1, 2), (1, 3, 5), (0, 1, 2, 3, 4), tuple(range(LAYERS))]
 
@@ -55,27 +35,26 @@ def test_every_placement_gives_the_same_outputs(streamed, truth, resident, infer
     assert streamer.counters.layers_streamed == 3 * (LAYERS - len(resident))
 
 
-def test_a_placement_is_changed_at_any_time(streamed, truth):
+def test_a_placement_is_changed_at_any_time(streamed, truth, claims):
     decoder, streamer = streamed
-    others = list(ledger._claims)  # of models that other tests left behind
     for resident in [*PLACEMENTS, *reversed(PLACEMENTS)]:
         streamer.place(tiers(*resident))
         assert streamer.tiers == tiers(*resident)
         assert torch.equal(decoder(X), truth(X))
-    assert not [
-        claim
-        for claim in ledger._claims
-        if claim.purpose == "Resident weights" and claim not in others and claim.nbytes
-    ]
+    assert not [claim for claim in claims() if claim.purpose == "Resident weights" and claim.nbytes]
 
 
-def test_layers_that_are_not_entered_have_no_weights(streamed):
+def test_layers_that_are_not_entered_have_no_weights(streamed, truth):
     decoder, streamer = streamed
     streamer.place(tiers(2))
     decoder(X)
-    assert [layer.weight.is_meta for layer in decoder.layers] == [True, True, False, True, True, True]
-    with pytest.raises((RuntimeError, NotImplementedError)):
-        decoder.layers[0].weight.tolist()
+    for index, layer in enumerate(decoder.layers):
+        assert (layer.weight.shape, layer.weight.dtype, layer.weight.device) == ((SIZE, SIZE), torch.float32, CPU)
+        if index == 2:
+            assert layer.weight.tolist() == truth.layers[2].weight.tolist()
+        else:
+            with pytest.raises(WeightsError, match=rf"layers\.{index}\.weight and .* are on disk.*Keep all layers"):
+                layer.weight.tolist()
 
 
 def test_layers_may_be_skipped_repeated_and_left_early(streamed, truth):
@@ -148,22 +127,22 @@ def test_nothing_grows_over_many_forwards(streamed):
     assert after[0] - before[0] < 100
 
 
-def test_removing_gives_the_model_and_all_memory_back(streamed):
-    decoder, streamer = streamed
-    claims = list(ledger._claims)
+def test_removing_gives_the_model_and_all_memory_back(claims, workers, tmp_path, truth):
+    decoder, streamer = make_streamed(tmp_path, truth)
     streamer.place(tiers(1))
     decoder(X)
+    assert claims()
+    assert workers()
     streamer.remove()
     streamer.remove()
     assert "forward" not in vars(decoder)
     assert not any(layer._forward_pre_hooks for layer in decoder.layers)
-    assert ledger._claims == [claim for claim in claims if claim in ledger._claims]
-    assert not _schedulers
+    assert claims() == []
+    assert workers() == []
 
 
-def test_a_model_that_is_dropped_gives_all_memory_back(streamed, tmp_path, truth):
-    decoder, streamer = streamed
-    streamer.remove()
+def test_a_model_that_is_dropped_gives_all_memory_back(claims, workers, tmp_path, truth):
+    write_shard(tmp_path / SINGLE, truth.state_dict())
     checkpoint = Checkpoint.open(tmp_path)
     decoder = Decoder()
     stored = checkpoint.tensors["layers.0.bias"]
@@ -173,12 +152,14 @@ def test_a_model_that_is_dropped_gives_all_memory_back(streamed, tmp_path, truth
     )
     streamer = WeightStreamer(decoder, [weights], checkpoint, CPU, tmp_path)
     decoder.layers[0](X)
-    gone, claims = weakref.ref(streamer), len(ledger._claims)
+    gone = weakref.ref(streamer)
+    assert claims()
+    assert workers()
     del streamer, decoder, layer, weights
     gc.collect()
     assert gone() is None
-    assert len(ledger._claims) == claims - 1
-    assert not _schedulers
+    assert claims() == []
+    assert workers() == []
 
 
 def test_standing_in_reads_one_layer_of_a_kind(streamed, truth):
@@ -198,7 +179,7 @@ def test_streamed_layers_go_through_device_buffers(streamed, truth, monkeypatch)
     decoder, streamer = streamed
     monkeypatch.setattr(weight_memory.WeightMemory, "on_accelerator", True)
     monkeypatch.setattr(weight_memory, "CudaStreams", lambda device: FakeStreams())
-    monkeypatch.setattr(weight_memory, "_buffer", lambda nbytes, pinned: aligned_buffer(nbytes))
+    monkeypatch.setattr(weight_memory, "aligned_buffer", lambda nbytes, pinned: aligned_buffer(nbytes))
     streamer.place(tiers(1, 4))
     for _ in range(4):
         assert torch.equal(decoder(X), truth(X))

@@ -7,31 +7,13 @@ import errno
 import pytest
 import torch
 
-from core.weights.streamed_decoder import CPU, LAYERS, X, make_streamed, make_truth, tiers
+from core.weights.streamed_decoder import CPU, LAYERS, X, tiers
 from ollm.errors import MemoryLimitError, WeightsError
 from ollm.io import shim
 from ollm.io.ledger import ledger
 from ollm.testing.faults import FAULTS, FaultyDisk, fails
 from ollm.weights import memory as weight_memory
 from ollm.weights.checkpoint import SINGLE
-
-
-@pytest.fixture
-def truth():
-    return make_truth()
-
-
-@pytest.fixture
-def streamed(tmp_path, truth):
-    decoder, streamer = make_streamed(tmp_path, truth)
-    yield decoder, streamer
-    streamer.remove()
-
-
-@pytest.fixture(autouse=True)
-def no_gradients():
-    with torch.no_grad():
-        yield
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])

@@ -11,9 +11,10 @@ import torch
 from transformers import T5Config, T5ForConditionalGeneration
 
 from ollm import disk_cache
-from ollm.errors import CacheDirectoryError, ConfigurationError, DiskFullError, UnknownStrategyError
+from ollm.errors import CacheDirectoryError, ConfigurationError, DeviceError, DiskFullError, UnknownStrategyError
 from ollm.io import shim
 from together.comparison import assert_close, assert_same, cache_for, generate, stock_cache, tokens
+from together.tiny_models import make_model
 
 
 @pytest.mark.parametrize(
@@ -57,6 +58,15 @@ def test_a_wrong_argument_is_refused_and_nothing_is_made(model, arguments, error
     with pytest.raises(error, match=message):
         disk_cache(model, **{"cache_dir": place, **arguments})
     assert not place.exists()
+
+
+@pytest.mark.parametrize("strategy", ["chunked", "resident"])
+def test_a_model_on_a_device_that_we_cannot_copy_to_is_refused(strategy, tmp_path):
+    """Here one without memory, for every machine has it."""
+    model = make_model("llama").to("meta")
+    with pytest.raises(DeviceError, match=r"device='meta': .* not supported"):
+        disk_cache(model, cache_dir=tmp_path / "kv", cache_strategy=strategy)
+    assert not (tmp_path / "kv").exists()
 
 
 def test_what_is_no_decoder_is_refused(tmp_path):

@@ -112,8 +112,8 @@ def test_dtype_is_the_checkpoints_unless_given(models_dir):
     [
         ({"model_id": "llama9"}, ConfigurationError, "no alias .llama3-1B-chat, .*no directory, and no Hub id"),
         ({"model_id": ""}, ConfigurationError, "no alias"),
-        ({"device": "cuda:99"}, DeviceError, "device='cuda:99'.*Use device='cpu'"),
-        ({"device": "abacus"}, DeviceError, "no torch device"),
+        ({"device": "cuda:99"}, DeviceError, "device='cuda:99'.*Use device='auto' or 'cpu'"),
+        ({"device": "abacus"}, DeviceError, "is no device: use 'auto'"),
         ({"dtype": "float32"}, ConfigurationError, "give a floating-point torch.dtype"),
         ({"dtype": torch.int8}, ConfigurationError, "give a floating-point torch.dtype"),
         ({"multimodality": True}, ConfigurationError, "text models only"),
@@ -122,6 +122,12 @@ def test_dtype_is_the_checkpoints_unless_given(models_dir):
 def test_bad_arguments_fail_in_the_constructor(arguments, error, message):
     with pytest.raises(error, match=message):
         Inference(**{"model_id": ALIAS, "device": "cpu", **arguments})
+
+
+def test_a_device_that_is_there_and_that_we_cannot_copy_to_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    with pytest.raises(DeviceError, match=r"device='mps': .* not supported: use 'cpu' or 'cuda:0'"):
+        Inference(ALIAS, device="mps")
 
 
 def test_nothing_works_before_a_model_is_loaded(tmp_path):
@@ -273,6 +279,8 @@ def test_a_peft_adapter_is_applied(models_dir, tmp_path):
     assert torch.equal(o.model(ids).logits, tuned(ids).logits)
     with o.DiskCache(tmp_path / "kv", ram_budget=0, spill_policy="tiny") as cache:
         ours = o.model.generate(ids, past_key_values=cache, max_new_tokens=8, do_sample=False)
+    # with the forward above as its first part; PEFT generates with the base model
+    assert (o.stats.prefill_tokens, o.stats.decode_tokens, o.stats.generations) == (60, 7, 1)
     assert torch.equal(ours, tuned.generate(ids, max_new_tokens=8, do_sample=False))
     assert o.offload_layers_to_cpu(1).layer_indices == (1,)
 

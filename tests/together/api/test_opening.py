@@ -8,7 +8,7 @@ import torch
 from ollm import disk_cache
 from ollm.api import opening
 from ollm.contracts.kv import KVStore
-from ollm.io.ledger import MemoryLedger, ledger
+from ollm.io.ledger import MemoryLedger
 from ollm.registry import Registry
 from ollm.seam.cache import KVCache
 from together.comparison import tokens
@@ -94,13 +94,19 @@ STEPS = {
 }
 
 
-def look(model):
-    layers = model.model.layers
-    return model.config._attn_implementation, [vars(layer).get("forward") for layer in layers], list(ledger._claims)
+@pytest.fixture
+def look(claims):
+    """`look(model)`: what opening a cache changes."""
+
+    def see(model):
+        layers = model.model.layers
+        return model.config._attn_implementation, [vars(layer).get("forward") for layer in layers], claims()
+
+    return see
 
 
 @pytest.mark.parametrize("step", STEPS)
-def test_a_step_that_fails_leaves_nothing(model, step, tmp_path, monkeypatch):
+def test_a_step_that_fails_leaves_nothing(model, look, step, tmp_path, monkeypatch):
     before = look(model)
     with monkeypatch.context() as patch:
         STEPS[step](patch)
@@ -116,7 +122,7 @@ def test_a_step_that_fails_leaves_nothing(model, step, tmp_path, monkeypatch):
     assert look(model) == before
 
 
-def test_the_steps_do_their_work_where_nothing_fails(model, tmp_path):
+def test_the_steps_do_their_work_where_nothing_fails(model, look, tmp_path):
     """What the test above looks at does change when a cache is opened."""
     before = look(model)
     with disk_cache(model, cache_dir=tmp_path / "kv"):
@@ -125,7 +131,7 @@ def test_the_steps_do_their_work_where_nothing_fails(model, tmp_path):
         assert list(tmp_path.glob("kv/kv_cache_chunked/run-*")) != []
 
 
-def test_a_trial_that_fails_comes_before_anything_is_made(tmp_path, monkeypatch):
+def test_a_trial_that_fails_comes_before_anything_is_made(look, tmp_path, monkeypatch):
     model = make_model("llama")
     before = look(model)
     monkeypatch.setattr(opening, "try_blocks", stop)
@@ -135,7 +141,7 @@ def test_a_trial_that_fails_comes_before_anything_is_made(tmp_path, monkeypatch)
     assert look(model) == before
 
 
-def test_a_trial_leaves_nothing_behind(tmp_path):
+def test_a_trial_leaves_nothing_behind(look, tmp_path):
     model = make_model("llama")
     before = look(model)
     cache = disk_cache(model, cache_dir=tmp_path / "kv")

@@ -16,7 +16,6 @@ from ollm.api.facts import facts_of, facts_of_config
 from ollm.api.opening import open_cache
 from ollm.contracts.spill import KVGeometry, LayerGeometry, MemorySnapshot
 from ollm.errors import ConfigurationError
-from ollm.io.ledger import ledger
 from ollm.plan import BlockVerdict, CacheRequest, ModelFacts, plan_cache
 from ollm.plan.cache import piece_tokens
 from ollm.registry import Kind, registry
@@ -32,7 +31,12 @@ FREE = MemorySnapshot(
 GPU = attrs.evolve(FREE, device_type="cuda", device_total=4 * GIB, device_free=2 * GIB)
 LAYERS = tuple(LayerGeometry(layer=index, kv_heads=2, key_size=8, value_size=8, itemsize=4) for index in range(3))
 LLAMA = ModelFacts(
-    name="LlamaForCausalLM", dtype="float32", device="cpu", geometry=KVGeometry(LAYERS), activation_bytes=1000
+    name="LlamaForCausalLM",
+    dtype="float32",
+    device="cpu",
+    geometry=KVGeometry(LAYERS),
+    activation_bytes=1000,
+    prompt_bytes=100,
 )
 YES = BlockVerdict(blocks=True, pieces=True, reason="same logits")
 NO = BlockVerdict(blocks=False, pieces=False, reason="its logits differ")
@@ -69,7 +73,7 @@ import sys
 from ollm.contracts.spill import KVGeometry, MemorySnapshot
 from ollm.plan import CacheRequest, ModelFacts, plan_cache
 free = MemorySnapshot(device_type="cpu", host_total=1, host_free=1, device_total=1, device_free=1)
-model = ModelFacts(name="M", dtype="float32", device="cpu", geometry=KVGeometry(()), activation_bytes=1)
+model = ModelFacts(name="M", dtype="float32", device="cpu", geometry=KVGeometry(()), activation_bytes=1, prompt_bytes=1)
 print(plan_cache(CacheRequest(cache_dir="kv"), model, free))
 assert not {"torch", "transformers"} & sys.modules.keys()
 """
@@ -92,16 +96,15 @@ def test_a_plan_is_printed_before_a_model_is_loaded(model):
     assert lines["resident host"] == "1.0 GiB"
 
 
-def test_what_it_says_of_memory_and_disk_is_true_of_the_cache(model, tmp_path):
+def test_what_it_says_of_memory_and_disk_is_true_of_the_cache(model, tmp_path, claims):
     made = plan_for(model, CacheRequest.from_arguments(cache_dir=tmp_path, ram_budget=0, spill_policy="write-through"))
-    before = list(ledger._claims)
     tokens = 320
     with open_cache(made, model) as cache, torch.inference_mode():
-        claims = {claim.purpose: claim.nbytes for claim in ledger._claims if claim not in before}
-        assert claims["tails"] == made.memory.tails
-        assert claims["activations"] == made.memory.activations
-        assert claims["Read buffers"] == made.memory.read_buffers
-        assert claims["Write buffers"] == made.memory.write_buffers
+        claimed = {claim.purpose: claim.nbytes for claim in claims()}
+        assert claimed["tails"] == made.memory.tails
+        assert claimed["activations"] == made.memory.activations
+        assert claimed["Read buffers"] == made.memory.read_buffers
+        assert claimed["Write buffers"] == made.memory.write_buffers
         state = cache.state()
         assert state.directory.parent == made.directory
         assert cache.piece_tokens == made.piece_tokens
@@ -115,6 +118,79 @@ def test_what_it_says_of_memory_and_disk_is_true_of_the_cache(model, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("strategy", ["chunked", "paged", "quantized-cold-tier", "log-structured-journal"])
+def test_buffers_take_no_more_than_it_says(model, strategy, tmp_path, claims):
+    """After all of them were needed: for writing, for reading, for parts of what was cropped, for decoding."""
+    request = CacheRequest.from_arguments(
+        cache_dir=tmp_path, cache_strategy=strategy, ram_budget=0, spill_policy="write-through"
+    )
+    made = plan_for(model, request)
+    with open_cache(made, model) as cache, torch.inference_mode():
+        model(torch.arange(300)[None] % 100, past_key_values=cache)
+        cache.crop(-293)
+        model(torch.arange(50)[None], past_key_values=cache)
+        claimed = {}
+        for claim in claims():
+            claimed[claim.purpose] = claimed.get(claim.purpose, 0) + claim.nbytes
+        buffers = cache.state().buffer_bytes
+    memory = made.memory
+    assert claimed.pop("tails") == memory.tails
+    assert claimed.pop("activations") == memory.activations
+    assert claimed.pop("Read buffers") == memory.read_buffers
+    assert claimed.pop("Write buffers") == memory.write_buffers
+    assert claimed.pop("Buffers for parts of extents", 0) <= memory.part_buffers
+    assert claimed.pop("a decoded block", 0) <= memory.decoding
+    assert not claimed
+    assert buffers <= memory.read_buffers + memory.write_buffers + memory.part_buffers + memory.decoding
+
+
+def test_in_tensor_mode_it_says_what_a_layer_takes_of_a_context(model, tmp_path, claims):
+    made = plan_for(model, CacheRequest.from_arguments(cache_dir=tmp_path, mode="tensor"))
+    assert (made.memory.activations, made.prompt_bytes_per_token) == (0, made.model.activation_bytes)
+    text = str(made)
+    assert "whole in each layer, about " in text
+    assert "tokens at once" not in text
+    with open_cache(made, model) as cache, torch.inference_mode():
+        assert "activations" not in [claim.purpose for claim in claims()]
+        keys, values = torch.randn(2, 1, 2, 100, 16)
+        cache.update(keys[:, :, :60], values[:, :, :60], 0)
+        given = cache.update(keys[:, :, 60:], values[:, :, 60:], 0)
+        cache.reset()
+    assert sum(tensor.nbytes for tensor in given) == 100 * made.bytes_per_token
+    assert f" and {made.bytes_per_token} B for each token, for one sequence" in text
+
+
+def test_without_a_disk_it_says_what_all_layers_take_of_a_context(model):
+    made = plan_for(model, CacheRequest.from_arguments(cache_strategy="resident"))
+    with open_cache(made, model) as cache, torch.inference_mode():
+        model(torch.arange(300)[None] % 100, past_key_values=cache)
+        state = cache.state()
+    assert state.resident_bytes + state.tail_bytes == 300 * made.bytes_per_token
+
+
+@pytest.mark.parametrize(
+    ("mode", "verdict", "text", "activations", "grows"),
+    [
+        ("auto", None, "7 tokens at once in each layer, in block mode", 7000, False),
+        ("auto", YES, "7 tokens at once in each layer", 7000, False),
+        (
+            "auto",
+            attrs.evolve(YES, pieces=False),
+            "whole in each layer, about 1000 B for each of their tokens",
+            0,
+            False,
+        ),
+        ("auto", NO, "whole in each layer, about 1000 B for each of their tokens", 0, True),
+        ("tensor", YES, "whole in each layer, about 1000 B for each of their tokens", 0, True),
+    ],
+)
+def test_it_says_of_prompts_what_the_mode_does(mode, verdict, text, activations, grows):
+    made = plan(model=attrs.evolve(LLAMA, verdict=verdict), mode=mode, dense_projection_chunk_rows=7)
+    assert [line.partition("  ")[2].strip() for line in str(made).splitlines() if line.startswith("prompts")] == [text]
+    assert made.memory.activations == activations
+    assert made.bytes_per_token == (128 if grows else 0)
+
+
 @pytest.mark.parametrize(
     ("arguments", "host", "device", "reads"),
     [
@@ -126,6 +202,8 @@ def test_what_it_says_of_memory_and_disk_is_true_of_the_cache(model, tmp_path):
 )
 def test_memory_on_an_accelerator(arguments, host, device, reads):
     memory = plan(GPU, attrs.evolve(LLAMA, device="cuda:0"), **arguments).memory
+    assert memory.staging == 3 * (8 * 2**20 + 2**16)
+    assert plan(**arguments).memory.staging == 0
     assert (memory.resident_host, memory.resident_device) == (host, device)
     assert (memory.read_buffers > 0, memory.write_buffers > 0) == (reads, reads)
     assert memory.total == sum(attrs.astuple(memory))
@@ -181,12 +259,11 @@ def test_a_window_is_planned_with_a_warning_and_not_in_tensor_mode():
         plan(mode="tensor", **arguments)
 
 
-def test_nothing_is_made_by_a_plan(tmp_path, model):
-    before = list(ledger._claims)
+def test_nothing_is_made_by_a_plan(tmp_path, model, claims):
     made = plan_for(model, CacheRequest.from_arguments(cache_dir=tmp_path / "kv"))
     assert made.directory == tmp_path / "kv" / "kv_cache_chunked"
     assert list(tmp_path.iterdir()) == []
-    assert ledger._claims == before
+    assert claims() == []
     assert made.geometry == facts_of(model).geometry
     assert len(made.geometry.layers) == decoder_config(model).num_hidden_layers
 

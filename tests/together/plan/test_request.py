@@ -99,10 +99,23 @@ def test_the_working_directory_and_the_environment_are_the_process_ones(tmp_path
     monkeypatch.chdir(tmp_path)
     (tmp_path / "ollm.toml").write_text('spill_policy = "file"\nmode = "tensor"')
     monkeypatch.setenv("OLLM_MODE", "block")
-    monkeypatch.setenv("OLLM_DISABLE_PLUGINS", "nobody")  # for the registry
     request = CacheRequest.from_settings()
     assert (request.spill_policy, request.mode) == ("file", "block")
     assert CacheRequest.from_arguments() == CacheRequest(), "a library call reads neither"
+
+
+@pytest.mark.parametrize(
+    "name", ["OLLM_ACME_TOKEN", "OLLM_MODEL", "OLLM_DISABLE_PLUGINS", "OLLM_CONFIG", "OLLM_", "OLLM", "OLLM_RAM"]
+)
+def test_variables_of_others_are_theirs(tmp_path, name):
+    variables = {name: "", "OLLM_RAM_BUDGET": "2"}
+    assert settings(tmp_path, environment=variables) == CacheRequest(ram_budget=2)
+
+
+@pytest.mark.parametrize("name", ["RAM_BUGDET", "CACHE_STRATGY", "OPTION", "SPILL_POLCIY", "CACHE_DIRS"])
+def test_a_slip_in_a_variable_of_ours_is_an_error(tmp_path, name):
+    with pytest.raises(ConfigurationError, match=f"^environment: there is no setting 'OLLM_{name}'. Known: OLLM_CACHE"):
+        settings(tmp_path, environment={f"OLLM_{name}": "1"})
 
 
 @pytest.mark.parametrize(

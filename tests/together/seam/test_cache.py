@@ -14,7 +14,6 @@ from ollm.errors import (
     CacheClosedError,
     ConfigurationError,
     CorruptDataError,
-    InterruptedForwardError,
     UnsupportedOperationError,
 )
 from ollm.io.buffers import ALIGNMENT
@@ -139,23 +138,6 @@ def test_sliding_layers_do_not_keep_the_prompt_alive(model, tmp_path):
         assert bytes_alive(stock) == 20
 
 
-@each_family
-def test_an_interrupted_forward_is_noticed_by_the_next_one(model, tmp_path):
-    """Ctrl-C between two layers leaves them with different lengths; going on would be silently wrong."""
-    ids = tokens(1, 20)
-    with cache_for(model, tmp_path) as cache:
-        model(ids, past_key_values=cache)
-        last = model.get_decoder().layers[-1]
-        handle = last.register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-        with pytest.raises(KeyboardInterrupt):
-            model(ids[:, :3], past_key_values=cache)
-        handle.remove()
-        with pytest.raises(InterruptedForwardError, match="reset"):
-            model(ids[:, :1], past_key_values=cache)
-        cache.reset()
-        assert_same(generate(model, ids, cache), generate(model, ids, stock_cache(model)))
-
-
 def test_another_batch_size_without_reset_is_refused(model, tmp_path):
     with cache_for(model, tmp_path) as cache:
         model(tokens(1, 20), past_key_values=cache)
@@ -217,3 +199,18 @@ def test_transformers_own_layers_are_left_alone():
     assert cache_utils.DYNAMIC_LAYER_TYPE_MAPPING["full_attention"] is cache_utils.DynamicLayer
     assert cache_utils.DYNAMIC_LAYER_TYPE_MAPPING["sliding_attention"] is cache_utils.DynamicSlidingWindowLayer
     assert all("ollm" not in kind.__module__ for kind in cache_utils.DYNAMIC_LAYER_TYPE_MAPPING.values())
+
+
+def test_a_state_reads_well(model, tmp_path):
+    ids = tokens(2, 40)
+    with cache_for(model, tmp_path) as cache:
+        generate(model, ids, cache, new_tokens=5)
+        state = cache.state()
+    lines = str(state).splitlines()
+    assert lines[0] == f"chunked, lossless, block mode ({state.mode_reason})"
+    assert lines[1].startswith(f"{state.tokens} tokens in 2 rows: {state.persisted_tokens} stored (")
+    assert f"{state.tail_tokens} in memory only (" in lines[1]
+    assert lines[2].startswith("memory: 0 B of what is stored, ")
+    assert lines[3].startswith("written ") and "attention waited" in lines[3]
+    assert lines[4:] == [f"folder: {state.directory}"]
+    assert f"tokens={state.tokens}" in repr(state)

@@ -12,7 +12,7 @@ from transformers.masking_utils import create_causal_mask, create_sliding_window
 
 from ollm import disk_cache
 from ollm.attention.masks import Visible
-from ollm.errors import BlockModeError, ConfigurationError
+from ollm.errors import BlockModeError, ConfigurationError, DiskFullError, MemoryLimitError, WeightsError
 from ollm.seam import attention
 from together.architectures import make
 from together.comparison import assert_close, assert_same, cache_for, generate, stock_cache, tokens
@@ -61,6 +61,60 @@ def test_block_mode_on_request_says_why_it_cannot_be(tmp_path):
         cache_for(model, tmp_path / "kv", mode="block").__enter__()
     assert implementation(model) == before
     assert not (tmp_path / "kv").exists()
+
+
+def test_layers_that_need_the_whole_prompt_take_blocks_but_no_pieces(tmp_path):
+    """Each adds the mean over all tokens that it is given."""
+    model = make_model("llama")
+    for layer in model.model.layers:
+        layer.mlp.register_forward_hook(lambda module, args, output: output + output.mean(1, keepdim=True))
+    ids, more = tokens(2, 30), tokens(2, 9, seed=1)
+
+    def logits(cache):
+        return torch.cat([model(part, past_key_values=cache).logits for part in (ids, more)], dim=1)
+
+    with cache_for(model, tmp_path, dense_projection_chunk_rows=7) as cache:
+        assert cache.state().mode == "block"
+        assert "but not for prompts in pieces: its logits differ" in cache.state().mode_reason
+        assert cache.piece_tokens is None
+        assert_close(logits(cache), logits(stock_cache(model)))
+
+
+def cpu_is_out_of_memory():
+    torch.empty(10**15, dtype=torch.uint8)
+
+
+def raises(error):
+    def fail():
+        raise error
+
+    return fail
+
+
+@pytest.mark.parametrize(
+    ("fail", "error"),
+    [
+        (cpu_is_out_of_memory, RuntimeError),
+        (raises(torch.OutOfMemoryError("CUDA out of memory")), torch.OutOfMemoryError),
+        (raises(MemoryError()), MemoryError),
+        (raises(MemoryLimitError("so much is not free")), MemoryLimitError),
+        (raises(DiskFullError("no room")), DiskFullError),
+        (raises(WeightsError("cannot be read")), WeightsError),
+        (raises(OSError(5, "Input/output error")), OSError),
+        (raises(KeyboardInterrupt()), KeyboardInterrupt),
+    ],
+)
+def test_a_failure_of_the_moment_is_no_verdict(fail, error, tmp_path):
+    model = make_model("llama")
+    before = implementation(model)
+    hook = model.model.layers[1].mlp.register_forward_pre_hook(lambda module, args: fail())
+    with pytest.raises(error), cache_for(model, tmp_path / "kv"):
+        pass
+    hook.remove()
+    assert implementation(model) == before
+    assert not (tmp_path / "kv").exists()
+    with cache_for(model, tmp_path / "kv") as cache:
+        assert cache.state().mode == "block"
 
 
 def test_an_unknown_mode_lists_the_choices(model, tmp_path):
@@ -116,8 +170,12 @@ def test_gradients_are_refused_not_lost(tmp_path):
         with cache_for(model, tmp_path, mode="auto") as cache:
             assert cache.state().mode == "block"
             with pytest.raises(BlockModeError, match="no gradients"):
-                model(tokens(1, 5), use_cache=False)
+                model(tokens(1, 5), past_key_values=cache)
+            model(tokens(1, 5), use_cache=False).logits.sum().backward()
+            meanwhile = [weight.grad.clone() for weight in model.parameters()]
+        model.zero_grad()
         model(tokens(1, 5), use_cache=False).logits.sum().backward()
+        assert all(map(torch.equal, meanwhile, [weight.grad for weight in model.parameters()]))
 
 
 @pytest.mark.parametrize("causal", [True, False])
@@ -159,7 +217,7 @@ def _prefix(rows, heads, queries, keys):
 @pytest.mark.parametrize("make_mask", [create_causal_mask, create_sliding_window_causal_mask])
 @pytest.mark.parametrize(
     "more",
-    [{}, {"or_mask_function": _prefix}, {"block_sequence_ids": torch.tensor([[-1, 0, 0, 0, -1, 1, 1, -1, 2, 2]])}],
+    [{}, {"or_mask_function": _prefix}, {"block_sequence_ids": IMAGES}],
 )
 def test_mask_objects_agree_with_stock_masks_tile_by_tile(model, tmp_path, make_mask, more):
     """Plain, prefix-LM and image-token masks, with padding and a past."""

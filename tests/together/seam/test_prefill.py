@@ -14,6 +14,17 @@ from together.tiny_models import FAMILIES
 each_family = pytest.mark.parametrize("model", FAMILIES, indirect=True)
 
 
+def calling(monkeypatch, module, function):
+    """Let a module's class call a function of the module and the arguments first: a hook would be noticed."""
+    forward = type(module).forward
+
+    def watched(self, *args, **kwargs):
+        function(self, args)
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(type(module), "forward", watched)
+
+
 @each_family
 @pytest.mark.parametrize("rows", [1, 7, 16, 64])
 def test_pieces_of_any_size_give_the_logits_of_one(model, rows, tmp_path):
@@ -40,18 +51,48 @@ def test_every_architecture_takes_pieces_or_says_that_it_does_not(model_type, tm
 
 
 @each_family
-def test_a_layer_sees_no_more_than_a_piece_and_layers_come_one_after_the_other(model, tmp_path):
-    seen = []
-    mlps = [(index, layer.mlp) for index, layer in enumerate(model.get_decoder().layers)]
-    hooks = [
-        mlp.register_forward_pre_hook(lambda _, args, index=index: seen.append((index, args[0].shape[1])))
-        for index, mlp in mlps
-    ]
+def test_a_layer_sees_no_more_than_a_piece_and_layers_come_one_after_the_other(model, tmp_path, monkeypatch):
+    seen, mlps = [], [layer.mlp for layer in model.get_decoder().layers]
+    calling(monkeypatch, mlps[0], lambda mlp, args: seen.append((mlps.index(mlp), args[0].shape[1])))
     with cache_for(model, tmp_path, dense_projection_chunk_rows=16) as cache:
+        seen.clear()
         model(tokens(1, 40), past_key_values=cache)
-    for hook in hooks:
-        hook.remove()
-    assert seen == [(index, rows) for index, _ in mlps for rows in (16, 16, 8)]
+    assert seen == [(index, rows) for index in range(len(mlps)) for rows in (16, 16, 8)]
+
+
+def test_a_prompt_is_whole_while_outputs_are_recorded_or_somebody_watches_and_in_pieces_again_afterwards(
+    tmp_path, monkeypatch
+):
+    model, seen = make("mixtral"), []
+    ids = tokens(1, 20) % 98 + 3
+    calling(monkeypatch, model.model.layers[0].mlp, lambda mlp, args: seen.append(args[0].shape[1]))
+
+    def rows(cache, **settings):
+        seen.clear()
+        model(ids, past_key_values=cache, **settings)
+        return seen[: len(seen) // len(model.model.layers)]
+
+    with cache_for(model, tmp_path, dense_projection_chunk_rows=8) as cache:
+        assert rows(cache) == [8, 8, 4]
+        assert rows(cache, output_router_logits=True) == [20]
+        assert rows(cache) == [8, 8, 4], "its hooks are still there"
+        handle = model.model.layers[0].mlp.register_forward_hook(lambda *_: None)
+        assert rows(cache)[0] == 20
+        handle.remove()
+        assert rows(cache) == [8, 8, 4]
+
+
+def test_a_piece_has_so_many_tokens_of_all_rows(model, tmp_path):
+    """Not of each row: a batch would take as many times the memory that is counted for a piece."""
+    seen = []
+    hook = model.get_decoder().layers[0].mlp.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[:2]))
+    with cache_for(model, tmp_path, dense_projection_chunk_rows=16) as cache:
+        model(tokens(4, 10), past_key_values=cache)
+        model(tokens(4, 1), past_key_values=cache)
+    with cache_for(model, tmp_path, dense_projection_chunk_rows=3) as cache:
+        model(tokens(4, 3), past_key_values=cache)
+    hook.remove()
+    assert seen == [(4, 4), (4, 4), (4, 2), (4, 1), *[(4, 1)] * 3]
 
 
 def test_what_a_layer_has_just_stored_is_not_read_back(model, tmp_path):
@@ -64,7 +105,7 @@ def test_what_a_layer_has_just_stored_is_not_read_back(model, tmp_path):
         assert cache.counters.loaded_bytes == saved
 
 
-def test_a_prompt_that_stops_between_two_pieces_leaves_its_layer_as_it_was(tmp_path):
+def test_a_prompt_that_stops_between_two_pieces_leaves_its_layer_as_it_was(tmp_path, monkeypatch):
     """With a single attention layer there is no other one whose length could give the accident away."""
     model = make("llama")
     del model.model.layers[1:]
@@ -78,10 +119,9 @@ def test_a_prompt_that_stops_between_two_pieces_leaves_its_layer_as_it_was(tmp_p
             if next(passes, "stop") == "stop":
                 raise KeyboardInterrupt
 
-        hook = model.model.layers[0].mlp.register_forward_pre_hook(stop)
-        with pytest.raises(KeyboardInterrupt):
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            calling(patch, model.model.layers[0].mlp, stop)
             model(ids, past_key_values=cache)
-        hook.remove()
         assert cache.get_seq_length() == 30
         stock = stock_cache(model)
         model(ids, past_key_values=stock)
@@ -110,7 +150,7 @@ def test_a_wrapper_that_was_there_before_is_there_afterwards(model, tmp_path):
         with cache_for(model, tmp_path, dense_projection_chunk_rows=4) as cache:
             calls.clear()
             model(tokens(1, 8), past_key_values=cache)
-            assert len(calls) == 2
+            assert len(calls) == 1, "it sees the prompt whole"
         assert vars(layer)["forward"] is wrapper
     finally:
         del layer.forward

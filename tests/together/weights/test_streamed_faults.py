@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from ollm import AutoInference
 from ollm.api.placement import Placer
 from ollm.contracts.spill import MemorySnapshot
 from ollm.errors import ConfigurationError, DeviceError, MemoryLimitError, ModelDirectoryError, WeightsError
@@ -81,6 +82,22 @@ def test_a_read_that_fails_in_the_middle_of_a_generation(original, expected, mon
     assert torch.equal(generate(o), expected)
 
 
+def test_of_a_placement_that_cannot_be_read_the_truth_is_recorded(original, expected, monkeypatch):
+    o = streamed(original)
+    o.offload_layers_to_cpu(4, policy="prefix")
+    disk = FaultyDisk(fails(errno.EIO), 0, lasting=True, only=frozenset({"pread_into"}))
+    monkeypatch.setattr(shim, "disk", disk)
+    with pytest.raises(WeightsError, match="Cannot read"):
+        o.offload_layers_to_cpu(4, policy="suffix")
+    on_disk = [layer.mlp.up_proj.weight.device.type == "meta" for layer in o.model.model.layers]
+    assert o.placement.tiers == tuple("disk" if gone else "device" for gone in on_disk) == ("disk",) * 8
+    assert (o.placement.resident_bytes, o.placement.resolved_policy) == (0, "prefix")
+    assert o.placement.streamed_bytes == sum(o._streamer.layer_bytes)
+    disk.heal()
+    assert torch.equal(generate(o), expected)
+    assert o.offload_layers_to_cpu(4, policy="suffix").tiers == ("disk",) * 4 + ("device",) * 4
+
+
 def test_reads_that_fail_while_loading(folder, monkeypatch):
     for at in range(12):
         disk = FaultyDisk(fails(errno.EIO), at, only=frozenset({"open", "pread_into", "fstat"}))
@@ -145,11 +162,15 @@ def swap(folder):
     aside.rename(two)
 
 
-def drop_a_layers_weight(folder):
+def leave_out_of_its_file(folder):
     path = shard_of_a_layer(folder)
     weights = load_file(path)
     del weights["model.layers.5.mlp.up_proj.weight"]
     save_file(weights, path, {"format": "pt"})
+
+
+def drop_a_layers_weight(folder):
+    leave_out_of_its_file(folder)
     index = json.loads((folder / "model.safetensors.index.json").read_text())
     del index["weight_map"]["model.layers.5.mlp.up_proj.weight"]
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
@@ -166,15 +187,25 @@ def reshape_a_layers_weight(folder):
     ("damage", "message"),
     [
         (truncate, r"Cannot read the weights in .*safetensors: tensor '.*' ends at byte"),
-        (swap, r"\.safetensors does not hold '.*a shard was swapped"),
+        (leave_out_of_its_file, r"lacks 1 of.*up_proj.*index.json says that .* is in model-.*: that file was swapped"),
         (drop_a_layers_weight, r"lacks 1 of the model's weights.*model\.layers\.5\.mlp\.up_proj\.weight"),
-        (reshape_a_layers_weight, r"cannot load the weights in"),
+        (
+            reshape_a_layers_weight,
+            r"another shape: model\.layers\.5\.mlp\.up_proj\.weight \(\[64, 96\], not \[96, 64\]\)",
+        ),
     ],
 )
 def test_a_damaged_checkpoint_is_refused_when_it_is_loaded(folder, damage, message):
     damage(folder)
     with pytest.raises(ModelDirectoryError, match=message):
         load(folder)
+
+
+def test_swapped_shards_are_read_as_transformers_reads_them(folder, expected):
+    """By what is in them; the index is no more than a list of files."""
+    swap(folder)
+    assert torch.equal(stock(folder).generate(IDS, max_new_tokens=8, do_sample=False), expected)
+    assert torch.equal(generate(load(folder)), expected)
 
 
 def test_threads_take_turns(original, expected):
@@ -208,7 +239,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_read(original, expected
     with pytest.raises(MemoryLimitError, match=r"7 resident layers.* need .* of memory on cpu, and of 0 B free"):
         o.offload_layers_to_cpu(7)
     assert o.stats.weights.read_bytes - before <= 3 * 2**18  # what was being read ahead
-    assert o.placement is record
+    assert o.placement == record
     monkeypatch.undo()
     assert torch.equal(generate(o), expected)
 
@@ -240,8 +271,6 @@ def test_cpu_and_gpu_offload_together_are_rejected_whichever_comes_first(order):
 @pytest.mark.gpu
 @pytest.mark.parametrize("target", ["cpu", "gpu", None])
 def test_layers_on_an_accelerator_give_the_tokens_of_transformers(original, target):
-    from ollm import AutoInference
-
     o = AutoInference(original, device="cuda:0", logging=False)
     if target is not None:
         getattr(o, f"offload_layers_to_{target}")(3, policy="interleaved")

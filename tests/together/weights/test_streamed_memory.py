@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from ollm.api.facts import facts_of
 from ollm.contracts.spill import MemorySnapshot
-from ollm.seam.peak import longest_prompt, prefill_bytes
+from ollm.plan.prompts import longest_prompt
 from together.comparison import generate, stock_cache, tokens
 from together.streamed_models import load, longer, save_checkpoint, stock
 
@@ -69,10 +70,14 @@ def test_a_prompt_that_does_not_fit_goes_in_parts(llama, tmp_path, monkeypatch):
     assert torch.equal(ours.sequences, generate(truth, IDS[:1], stock_cache(truth), new_tokens=1).sequences)
 
 
-def test_the_longest_prompt_is_what_its_prediction_says(llama):
-    config = stock(llama).config
-    for rows in (None, 16, 512):
+def test_the_longest_prompt_takes_half_of_what_is_free(llama):
+    model = facts_of(stock(llama))
+
+    def taken(tokens, piece):
+        return tokens * model.prompt_bytes + min(tokens, piece or tokens) * model.activation_bytes
+
+    for piece in (None, 16, 512):
         for free in (10**7, 10**8, 10**10):
-            tokens = longest_prompt(config, torch.float32, rows, free)
-            assert prefill_bytes(config, torch.float32, tokens, rows) <= free / 2 or tokens == 256
-            assert prefill_bytes(config, torch.float32, tokens + 1 + tokens // 100, rows) > free / 2
+            tokens = longest_prompt(model, piece, free)
+            assert taken(tokens, piece) <= free / 2 or tokens == 256
+            assert taken(tokens + 1 + tokens // 100, piece) > free / 2

@@ -6,11 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import AutoConfig
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from ollm.plugin import ConfigurationError
 
-from ollm.plugin import ConfigurationError, kv_geometry
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 
 
 def read_config(folder: Path) -> Any:
@@ -19,6 +17,8 @@ def read_config(folder: Path) -> Any:
     Raises:
         ConfigurationError: when it cannot be read.
     """
+    from transformers import AutoConfig  # not for those who only want the files: it takes seconds
+
     try:
         return AutoConfig.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
@@ -31,8 +31,8 @@ def weight_files(folder: Path) -> list[Path]:
     Raises:
         ConfigurationError: names those that are not there.
     """
-    index = folder / SAFE_WEIGHTS_INDEX_NAME
-    names = {SAFE_WEIGHTS_NAME}
+    index = folder / INDEX
+    names = {SINGLE}
     if index.is_file():
         try:
             names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
@@ -52,6 +52,10 @@ def check_fillable(config: Any, folder: Path) -> None:
     Raises:
         ConfigurationError: for layers that only a real prompt can fill.
     """
+    import torch
+
+    from ollm.plugin import kv_geometry
+
     layers, full = config.num_hidden_layers, len(kv_geometry(config, torch.float32).layers)
     if full != layers:
         raise ConfigurationError(

@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Generic
+from typing import IO, Generic
 
 import attrs
 import cattrs
@@ -118,11 +118,12 @@ def _run(
     benchmark: Benchmark[C, G, M], request: Request[C, G], memory_limit: int | None, say: Callable[[str], None]
 ) -> Outcome[C, M]:
     command = [sys.executable, "-m", benchmark.module]
-    with memory_group(memory_limit) as group:
+    # its answer goes to a file: a pipe that nobody reads while the process still speaks on stderr would stop it
+    with memory_group(memory_limit) as group, tempfile.TemporaryFile("w+") as answer:
         process = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
+            stdout=answer,
             stderr=subprocess.PIPE,
             text=True,
             env=_environment(),
@@ -130,16 +131,20 @@ def _run(
         try:
             if group is not None:
                 group.add(process.pid)  # it waits for its request, so nothing large is allocated yet
-            return _talk(process, benchmark, request, say)
+            return _talk(process, answer, benchmark, request, say)
         finally:
             process.kill()
             process.communicate()
 
 
 def _talk(
-    process: subprocess.Popen[str], benchmark: Benchmark[C, G, M], request: Request[C, G], say: Callable[[str], None]
+    process: subprocess.Popen[str],
+    answer: IO[str],
+    benchmark: Benchmark[C, G, M],
+    request: Request[C, G],
+    say: Callable[[str], None],
 ) -> Outcome[C, M]:
-    assert process.stdin and process.stdout and process.stderr
+    assert process.stdin and process.stderr
     with suppress(BrokenPipeError):  # it died already; its exit code says how
         process.stdin.write(json.dumps(cattrs.unstructure(request)))
         process.stdin.close()
@@ -150,10 +155,15 @@ def _talk(
             say(line.removeprefix(PROGRESS).rstrip())
         elif line.strip():
             errors.append(line.rstrip())
-    answer = process.stdout.read()
     code = process.wait()
     if code == 0:
-        measured = cattrs.structure(json.loads(answer), benchmark.measured)
+        answer.seek(0)
+        last = deque(answer, maxlen=1)  # what libraries print comes before it
+        try:
+            measured = cattrs.structure(json.loads("".join(last)), benchmark.measured)
+        except Exception as error:  # json's and cattrs' errors have no common base
+            reason = f"its answer cannot be read ({type(error).__name__}): {''.join(last).strip()[:80]!r}"
+            return Outcome(case=request.case, status="failed", reason=reason)
         return Outcome(case=request.case, status="done", measured=measured)
     if code in _KILLED:
         return Outcome(case=request.case, status="killed", reason="the kernel killed it, most likely for memory")

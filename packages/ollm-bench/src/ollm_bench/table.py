@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ollm_bench.records import Outcome, Report, Verdict
+from ollm_bench.verdicts import too_little
 
 _WIDE = 110
 """From this many columns on there is room for long bars."""
@@ -171,7 +172,7 @@ def _sentence(verdict: Verdict, judgement: str) -> str:
 
 
 def _verdict_lines(report: AnyReport) -> Iterator[tuple[str, str]]:
-    """A line for each verdict and each doubt, with its colour."""
+    """A line for each verdict and each doubt, and what the run as a whole cannot tell, with their colours."""
     for outcome in report.outcomes:
         for verdict in outcome.verdicts:
             judgement, colour = ("reached", "green") if verdict.reached else ("missed", "red")
@@ -180,6 +181,8 @@ def _verdict_lines(report: AnyReport) -> Iterator[tuple[str, str]]:
             yield f"{outcome.case.title}: {_sentence(verdict, judgement)}", colour
         for doubt in outcome.doubts:
             yield f"{outcome.case.title}: unsure, for {doubt}", "yellow"
+    for line in too_little(report.outcomes):
+        yield line, "bold yellow"
 
 
 def _disk_lines(report: AnyReport) -> Iterator[str]:

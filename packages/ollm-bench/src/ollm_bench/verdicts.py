@@ -4,7 +4,7 @@ Pure; measures nothing."""
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import attrs
 
@@ -79,11 +79,43 @@ def judged(outcome: Outcome[C, M], computing: float, verdicts: Sequence[Verdict]
     )
 
 
+def too_little(outcomes: Sequence[Outcome[C, M]]) -> Iterator[str]:
+    """What a whole run cannot tell, and what to do: a line if it was too small, and one if it was too noisy."""
+    judged = [(outcome, outcome.measured) for outcome in outcomes if outcome.verdicts and outcome.measured is not None]
+    small = [measured.seconds * 1000 for _, measured in judged if _is_small(measured)]
+    noisy = [outcome for outcome, measured in judged if _is_noisy(measured)]
+    if small:
+        yield (
+            f"too small to judge: {len(small)} of {len(judged)} cases, whose steps take {_between(small)} ms; from "
+            f"{_LEAST_SECONDS * 1000:.0f} ms on times say something. Ask for more tokens or a larger model."
+        )
+    if noisy:
+        yield (
+            f"too noisy to judge: {len(noisy)} of {len(judged)} cases, during which the disk's rate changed by more "
+            "than half. Run nothing else meanwhile, or try again later."
+        )
+
+
+def _between(numbers: Sequence[float]) -> str:
+    low, high = f"{min(numbers):.0f}", f"{max(numbers):.0f}"
+    return low if low == high else f"{low} to {high}"
+
+
+def _is_small(measured: Measured) -> bool:
+    return measured.seconds < _LEAST_SECONDS
+
+
+def _is_noisy(measured: Measured) -> bool:
+    rates = [sample.rate for sample in measured.rates.reads] if measured.rates else []
+    return bool(rates) and max(rates) > _MOST_SPREAD * min(rates)
+
+
 def _doubts(measured: Measured) -> list[str]:
     found = []
-    if measured.seconds < _LEAST_SECONDS:
+    if _is_small(measured):
         found.append(f"steps of {measured.seconds * 1000:.0f} ms say little: ask for more tokens or a larger model")
-    rates = [sample.rate / 1e9 for sample in measured.rates.reads] if measured.rates else []
-    if rates and max(rates) > _MOST_SPREAD * min(rates):
+    if _is_noisy(measured):
+        assert measured.rates is not None
+        rates = [sample.rate / 1e9 for sample in measured.rates.reads]
         found.append(f"the disk read between {min(rates):.2f} and {max(rates):.2f} GB/s meanwhile: run nothing else")
     return found

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from ollm.api.cache import disk_cache
     from ollm.api.files import file_get_contents
     from ollm.api.inference import AutoInference, Inference
+    from ollm.plan import CacheRequest
     from ollm.seam import TextStreamer
     from ollm.seam.cache import KVCache
 
@@ -17,6 +18,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "AutoInference": "ollm.api.inference",
+    "CacheRequest": "ollm.plan",
     "Inference": "ollm.api.inference",
     "KVCache": "ollm.seam.cache",
     "TextStreamer": "ollm.seam",
@@ -24,7 +26,7 @@ _HOMES = {
     "file_get_contents": "ollm.api.files",
 }
 
-__all__ = ["AutoInference", "Inference", "KVCache", "TextStreamer", "disk_cache", "file_get_contents"]
+__all__ = ["AutoInference", "CacheRequest", "Inference", "KVCache", "TextStreamer", "disk_cache", "file_get_contents"]
 
 
 def __getattr__(name: str) -> Any:

@@ -2,7 +2,8 @@
 
 A change is kept where it is made, in the module whose forward is wrapped or for the setting that has another value, not
 by who asked for it: so it does not matter how many ask, under which wrapper of the model, and who is done first. With
-the last undo each object is as it was. Knows modules and attributes; not transformers, and not what changes are for.
+the last undo each object is as it was. A copy or pickle of a module, made meanwhile, has nothing of it: a wrapper is a
+method itself there, a hook does nothing. Knows modules and attributes; not transformers, and not what changes are for.
 """
 
 from __future__ import annotations
@@ -73,20 +74,20 @@ class Changes:
         """Call this when all is undone."""
         self._undo.append(functools.partial(undo, *arguments))
 
-    def hook(self, handle: _Handle) -> None:
-        """Take a hook that was just registered off again."""
-        self.callback(handle.remove)
+    def hook(self, register: Callable[..., _Handle], function: Callable[..., Any], **settings: Any) -> None:
+        """Register a hook: `register` is a method of the module, such as `register_forward_hook`."""
+        self.callback(register(_Hook(function), **settings).remove)
 
-    def wrap(self, module: nn.Module, around: Around) -> None:
-        """Put a wrapper around the `forward` of a module, outside of those that are there."""
+    def wrap(self, module: nn.Module, around: Around, name: str = "forward") -> None:
+        """Put a wrapper around a method of a module, by default its `forward`, outside of those that are there."""
         token = object()
         with _lock:
-            forward = vars(module).get("forward")
-            if not isinstance(forward, _Forward):
-                forward = _Forward(module)
-            self.callback(_unwrap, weakref.ref(forward), token)
-            forward.around[token] = around
-            module.forward = forward
+            method = vars(module).get(name)
+            if not isinstance(method, _Method):
+                method = _Method(module, name)
+            self.callback(_unwrap, weakref.ref(method), token)
+            method.around[token] = around
+            setattr(module, name, method)
 
     def set(self, target: Any, name: str, value: Any) -> None:
         """Give an attribute that `target` has another value. Where several do, the newest that is not undone holds."""
@@ -147,37 +148,77 @@ def is_ours(target: Any, name: str) -> bool:
     return setting is not None and setting.holds
 
 
-class _Forward:
-    """Stands in for the `forward` of a module while there are wrappers around it.
+def beneath(module: nn.Module, name: str) -> Any:
+    """What a module has of its own, or from somebody else, in place of its class's method, under our wrappers; `None`
+    where that is nothing."""
+    method = vars(module).get(name)
+    return method.before if isinstance(method, _Method) else method
+
+
+def is_our_hook(function: Any) -> bool:
+    """Whether a hook was registered by a change."""
+    return isinstance(function, _Hook)
+
+
+class _Hook:
+    """A hook of ours; in a copy of its module, one that does nothing."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self._function = function
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._function(*args, **kwargs)
+
+    def __reduce__(self) -> Any:
+        return _Hook, (_nothing,)
+
+
+def _nothing(*args: Any, **kwargs: Any) -> None:
+    """What is left of a hook in a copy."""
+
+
+class _Method:
+    """Stands in for a method of a module while there are wrappers around it.
 
     When there are none any more and somebody else has wrapped it, it cannot go; then it does nothing, and goes as soon
     as it is called and is the module's own again.
     """
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, name: str) -> None:
         self.around: dict[object, Around] = {}
         self._module = module
-        self._before = vars(module).get("forward")
-        self._forward = module.forward
-        functools.update_wrapper(self, self._forward)  # its signature is asked for
+        self._name = name
+        self.before = vars(module).get(name)
+        self._method = getattr(module, name)
+        functools.update_wrapper(self, self._method)  # its signature is asked for
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        forward = self._forward
+        method = self._method
         for around in list(self.around.values()):
-            forward = functools.partial(around, forward)
+            method = functools.partial(around, method)
         if not self.around:
             self.go()
-        return forward(*args, **kwargs)
+        return method(*args, **kwargs)
+
+    def __reduce__(self) -> Any:
+        """In a copy of the module it is the method itself, bound to the copy."""
+        if self.before is None:
+            return getattr, (self._module, self._name)
+        return _itself, (self.before,)
 
     def go(self) -> None:
-        """Give the module its own `forward` back, unless somebody has wrapped it again."""
+        """Give the module its own method back, unless somebody has wrapped it again."""
         with _lock:
-            if self.around or vars(self._module).get("forward") is not self:
+            if self.around or vars(self._module).get(self._name) is not self:
                 return
-            if self._before is None:
-                del self._module.forward
+            if self.before is None:
+                delattr(self._module, self._name)
             else:
-                self._module.forward = self._before
+                setattr(self._module, self._name, self.before)
+
+
+def _itself(value: Any) -> Any:
+    return value
 
 
 @attrs.define(eq=False)
@@ -211,12 +252,12 @@ _settings: dict[tuple[int, str], _Setting] = {}
 """By the identity of the target, which lives as long as it is here: configs have no hash."""
 
 
-def _unwrap(forward_of: weakref.ref[_Forward], token: object) -> None:
+def _unwrap(method_of: weakref.ref[_Method], token: object) -> None:
     with _lock:
-        forward = forward_of()
-        if forward is not None:
-            forward.around.pop(token, None)
-            forward.go()
+        method = method_of()
+        if method is not None:
+            method.around.pop(token, None)
+            method.go()
 
 
 def _unset(setting: _Setting, token: object) -> None:

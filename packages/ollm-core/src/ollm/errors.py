@@ -5,9 +5,31 @@ expect (`ValueError` for a bad argument, `NotImplementedError` for an operation 
 that second base, so that generic handlers go on working.
 """
 
+_MOST_CHARACTERS = 2000
+_LAST_CHARACTERS = 400
+"""Kept of a message that is cut: what to do next stands at its end."""
+_MOST_SAID = 160
+
+
+def brief(error: BaseException) -> str:
+    """What somebody else's error says, as a part of a message: its first line, cut where it goes on and on."""
+    said = next(iter(str(error).splitlines()), "")
+    said = said if len(said) <= _MOST_SAID else f"{said[:_MOST_SAID].rstrip()} …"
+    return f"{type(error).__name__}: {said}" if said else type(error).__name__
+
 
 class OllmError(Exception):
-    """Base class of all errors that ollm raises on purpose."""
+    """Base class of all errors that ollm raises on purpose. A message of more than 2,000 characters is cut in its
+    middle: it may repeat what somebody's file says."""
+
+    def __init__(self, *args: object) -> None:
+        super().__init__(*(_cut(argument) if isinstance(argument, str) else argument for argument in args))
+
+
+def _cut(message: str) -> str:
+    if len(message) <= _MOST_CHARACTERS:
+        return message
+    return f"{message[: _MOST_CHARACTERS - _LAST_CHARACTERS - 3]} … {message[-_LAST_CHARACTERS:]}"
 
 
 class ConfigurationError(OllmError, ValueError):
@@ -59,7 +81,7 @@ class CacheDirectoryError(CacheError):
 
 
 class CacheBusyError(CacheError):
-    """Another process owns what was asked for."""
+    """Another process, or another thread, is at work with what was asked for."""
 
 
 class CacheClosedError(CacheError, RuntimeError):
@@ -78,8 +100,19 @@ class BlockModeError(CacheError, RuntimeError):
     """Block-mode keys and values met code that takes tensors; the message names the operation."""
 
 
+class ContinuationError(CacheError, ValueError):
+    """What was passed does not continue what the cache holds, or nothing of it is new; the message names the first
+    position that differs, and what to do."""
+
+
+class CacheNotFilledError(CacheError, RuntimeError):
+    """A forward pass did not put into the cache what it was given: the model used another cache than the one that it
+    was called with, or filled it in part, or twice. The pass was undone."""
+
+
 class InterruptedForwardError(CacheError, RuntimeError):
-    """An earlier forward pass stopped half-way, so the layers disagree on their length; call `reset()`."""
+    """An earlier forward pass stopped half-way and could not be undone, so the layers do not belong together; call
+    `reset()`."""
 
 
 class UnsupportedOperationError(CacheError, NotImplementedError):
@@ -103,5 +136,6 @@ class NonFiniteError(StorageError, ValueError):
 
 
 class WeightsError(OllmError, RuntimeError):
-    """Weights that are read while the model runs could not be read, or their files were changed; the message names
-    the file and the tensor."""
+    """Weights that are read while the model runs could not be read, or their files were changed; or they are not in
+    memory where somebody wants to use them, or were changed there and would be lost. The message names the file or the
+    tensor."""

@@ -144,7 +144,7 @@ class TestNotAllOrNothing(FileCase):
                 raise
 
 
-@caught_by("test_a_file_that_is_cut_gives_right_data_or_a_typed_error", "raise CorruptDataError or StorageError")
+@caught_by("test_a_file_that_is_cut_gives_right_data_or_a_typed_error", "raise StorageError, CorruptDataError")
 class TestUntypedError(FileCase):
     class store_type(FileStore):
         def pread(self, fd, size, offset):
@@ -278,7 +278,7 @@ class TestAdoptedBytesAreTrusted(FileCase):
                 super().check(extent, header, payload)
 
 
-@caught_by("test_files_that_changed_meanwhile_give_right_data_or_a_typed_error", "raise CorruptDataError or StorageErr")
+@caught_by("test_files_that_changed_meanwhile_give_right_data_or_a_typed_error", "raise StorageError, Corr")
 class TestUntypedErrorOfAdopt(FileCase):
     class store_type(FileStore):
         def adopt(self, extents):
@@ -308,6 +308,22 @@ class TestWritesSomethingElseThanTheBlock(StorageCase):
 @caught_by("test_a_flipped_bit_is_noticed_in_the_piece_that_has_it", "DID NOT RAISE")
 class TestNeverVerifies(StorageCase):
     options = StorageOptions(verify="never", min_free_bytes=0)
+
+
+@caught_by("test_a_text_that_was_dropped_whole_is_followed_by_another", "Bad file descriptor")
+class TestTidiesUpForGood(FileCase):
+    class store_type(FileStore):
+        def free(self, locations):
+            super().free(locations)
+            if not self.used:
+                os.close(self.file())
+
+
+@caught_by("test_any_fault_of_the_disk_is_survived[short]", "the threads of a disk go on")
+class TestDoesNotClose(StorageCase):
+    class store_type(SegmentedStore):
+        def close(self):
+            pass
 
 
 @caught_by("test_any_fault_loses_nothing_that_was_committed", "cannot be opened")

@@ -16,7 +16,7 @@ PROJECTS = Path(os.environ.get("PLANTED_PROJECTS", "nowhere"))
 _SOUND = """
 import attrs
 
-from ollm.plugin import Command, KVFacts, OffloadPlacement, Strategy, hookimpl, option
+from ollm.plugin import Command, KVFacts, NoOptions, OffloadPlacement, StorageOptions, Strategy, hookimpl, option
 
 ollm_api_version = 1
 
@@ -24,6 +24,11 @@ ollm_api_version = 1
 @attrs.frozen(kw_only=True)
 class Options:
     level: int = option(1, help="How much.", validator=attrs.validators.ge(0))
+
+
+@attrs.frozen(kw_only=True)
+class Trusting(StorageOptions):
+    verify: str = option("never", help="When hashes are checked.")
 
 
 class First(OffloadPlacement):
@@ -54,11 +59,11 @@ def ollm_offload_placements():
 @hookimpl
 def ollm_kv_stores():
     facts = KVFacts(lossless={lossless}, directory={directory}, full_history={full_history})
-    return [Strategy(name="{name}", summary="In memory.", build=build_store, facts=facts)]
+    return [Strategy(name="{name}", summary="In memory.", build=build_store, facts=facts, options={options})]
 """
 _USUAL = {
     "store": "MemoryStore", "argument": "context.window_tokens", "lossless": True, "directory": None,
-    "full_history": True,
+    "full_history": True, "options": "NoOptions",
 }  # fmt: skip
 _PROJECT = """
 [build-system]
@@ -90,6 +95,7 @@ def plugin(test, says, *, change=(), project=None, **facts):
 
     def mark(case):
         module = case.__name__.lower()
+        case.distribution = f"planted-{module.removeprefix('test')}"
         usual = {**_USUAL, "module": module, "entry": module_of(case.distribution), "name": f"{module}-store"}
         code = _SOUND.format(**{**usual, **facts})
         if change:
@@ -138,90 +144,96 @@ def make_projects(folder: Path) -> None:
 class TestSoundPlugin(PluginTests):
     """Passes everything."""
 
-    distribution = "planted-sound"
-
 
 @plugin("test_it_is_found_and_loads", "states no `ollm_api_version`", change=("ollm_api_version = 1", ""))
 class TestNoVersion(PluginTests):
-    distribution = "planted-noversion"
+    """It forgot to say what it was written for."""
 
 
-@plugin("test_it_is_found_and_loads", "no entry point in the group 'ollm' belongs to 'planted-missing'")
+@plugin("test_it_is_found_and_loads", "no entry point in the group 'ollm' belongs to 'planted-notinstalled'")
 class TestNotInstalled(PluginTests):
-    distribution = "planted-missing"
+    """`test_kit.py` takes its entry point away."""
 
 
 @plugin(
     "test_its_entry_module_is_light", "import what is heavy in `build`", change=("import attrs", "import attrs, torch")
 )
 class TestHeavy(PluginTests):
-    distribution = "planted-heavy"
+    """Its entry module imports torch."""
 
 
 @plugin("test_nothing_is_warned_of", "no help text", change=('help="How much."', 'help=""'))
 class TestOptionWithoutHelp(PluginTests):
-    distribution = "planted-nohelp"
+    """Nobody knows what it does."""
 
 
 @plugin("test_options_have_defaults_that_are_valid", "level.*'>= 0'|must be >= 0", change=("option(1,", "option(-1,"))
 class TestDefaultThatIsRefused(PluginTests):
-    distribution = "planted-default"
+    """By its own validator."""
 
 
 @plugin("test_its_names_are_its_own", "names that belong to ollm itself", name="chunked")
 class TestReservedName(PluginTests):
-    distribution = "planted-reserved"
+    """Of a store."""
 
 
 @plugin(
     "test_its_commands_have_names_of_their_own", "belong to ollm itself", change=("testreservedcommand-greet", "serve")
 )
 class TestReservedCommand(PluginTests):
-    distribution = "planted-serve"
+    """Of a command."""
 
 
 @plugin("test_its_commands_show_their_help", "cannot be imported: AttributeError", change=(":greet", ":gret"))
 class TestCommandThatIsNotThere(PluginTests):
-    distribution = "planted-command"
+    """Its target is misspelt."""
 
 
 @plugin(
     "test_build_makes_what_the_hook_promises", r"build\(\) of", change=("build=lambda context: First()", "build=repr")
 )
 class TestBuildMakesSomethingElse(PluginTests):
-    distribution = "planted-build"
+    """Text in place of a placement."""
 
 
 @plugin("test_facts_are_true", "bytes differ", store="RoundingStore")
 class TestNotLossless(PluginTests):
-    distribution = "planted-lossless"
+    """Though its facts say so."""
 
 
 @plugin("test_facts_are_true", "directory", directory='"kv_cache_planted"')
 class TestNoDirectory(PluginTests):
-    distribution = "planted-directory"
+    """Its facts name one."""
 
 
 @plugin("test_facts_are_true", "full_history", argument="16")
 class TestHasAWindow(PluginTests):
-    distribution = "planted-window"
+    """Its facts say that it keeps everything."""
+
+
+@plugin(
+    "test_damage_is_noticed_with_the_default_options", "other keys of .* and no error", store="PlainStore",
+    argument="context.storage()", directory='"kv_cache_trusting"', options="Trusting",
+)  # fmt: skip
+class TestTrustsTheDiskByDefault(PluginTests):
+    """Its options, which are those of storage, say that nothing is checked."""
 
 
 @plugin("test_the_wheel_is_complete", "needs an upper bound", project={"needs": '"ollm-core>=0.1"'})
 class TestWheelWithoutABound(PluginTests):
-    distribution = "planted-bound"
+    """It takes any later ollm-core."""
 
 
 @plugin("test_the_wheel_is_complete", "it must require ollm-core", project={"needs": ""})
 class TestWheelWithoutCore(PluginTests):
-    distribution = "planted-core"
+    """It requires nothing."""
 
 
 @plugin("test_the_wheel_is_complete", "beside the plugin", project={"packages": 'include = ["*.py", "tests"]'})
 class TestWheelWithTests(PluginTests):
-    distribution = "planted-tests"
+    """They would be installed for everybody."""
 
 
 @plugin("test_the_wheel_is_complete", "no entry point", project={"entry_points": ""})
 class TestWheelWithoutEntryPoint(PluginTests):
-    distribution = "planted-entry"
+    """So nobody finds it."""

@@ -1,4 +1,5 @@
-"""A store with a file format of its own, and two that keep everything in memory: sound, and easily broken.
+"""A store with a file format of its own, one over a storage, and two that keep everything in memory: sound, and easily
+broken.
 
 One file for all layers; each record is a header, with hashes of what it is and of what follows, and raw keys and
 values.
@@ -15,7 +16,18 @@ import attrs
 import torch
 import xxhash
 
-from ollm.plugin import CorruptDataError, Extent, KVBlock, KVStore, Location, StorageError, StoreStats, pack, unpack
+from ollm.plugin import (
+    CorruptDataError,
+    Extent,
+    KVBlock,
+    KVStore,
+    Location,
+    SegmentedStore,
+    StorageError,
+    StoreStats,
+    pack,
+    unpack,
+)
 
 HEADER = struct.Struct("<QQ")
 BLOCK = 4096
@@ -73,6 +85,10 @@ class RoundingStore(MemoryStore):
         small = unpack(attrs.evolve(extent, layout=attrs.evolve(extent.layout, dtype=torch.bfloat16)), raw)
         keys, values = (tensor.to(extent.layout.dtype) for tensor in (small.keys, small.values))
         return KVBlock(keys, values, *self.scales[extent.location])
+
+
+class PlainStore(SegmentedStore):
+    """Over a storage of ollm's."""
 
 
 class FileStore(KVStore):

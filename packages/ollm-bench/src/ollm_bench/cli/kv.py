@@ -9,18 +9,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ollm.plugin import ConfigurationError, parse_size
-from ollm_bench.cli.options import (
-    CacheDir,
-    Json,
-    Limit,
-    Plot,
-    Settings,
-    Steps,
-    at_least_one,
-    check_dtype,
-    check_model,
-)
+from ollm import CacheRequest
+from ollm.plugin import ConfigurationError
+from ollm_bench.cli import options
 
 if TYPE_CHECKING:
     from ollm.plugin import KVFacts
@@ -46,7 +37,9 @@ _Strategies = Annotated[
 _Budget = Annotated[
     str | None,
     typer.Option(
-        metavar="SIZE", help="Keep this much resident, such as 512MiB, instead of nothing, half and everything."
+        metavar="SIZE",
+        help="Keep this much resident, such as 512MiB, instead of nothing, half and everything.",
+        show_default="OLLM_RAM_BUDGET, or ram_budget of ollm.toml",
     ),
 ]
 _Forks = Annotated[
@@ -63,12 +56,12 @@ def kv(
     model: _Model = None,
     strategies: _Strategies = None,
     ram_budget: _Budget = None,
-    cache_dir: CacheDir = Path(),
-    memory_limit: Limit = None,
+    cache_dir: options.CacheDir = Path(),
+    memory_limit: options.Limit = None,
     forks: _Forks = 1,
-    steps: Steps = 5,
-    json_file: Json = None,
-    plot: Plot = None,
+    steps: options.Steps = 5,
+    json_file: options.Json = None,
+    plot: options.Plot = None,
 ) -> None:
     """Measure what keys and values on disk cost.
 
@@ -78,9 +71,9 @@ def kv(
     when a case was killed or failed.
     """
     lengths = _numbers(tokens)
-    at_least_one("--forks", forks)
-    budget = None if ram_budget is None else parse_size(ram_budget, "--ram-budget")
-    settings = Settings.checked(
+    options.at_least_one("--forks", forks)
+    budget = CacheRequest.from_settings(ram_budget=ram_budget).ram_budget
+    settings = options.Settings.checked(
         cache_dir=cache_dir, memory_limit=memory_limit, steps=steps, json_file=json_file, plot=plot
     )
     stores = _on_disk(None if strategies is None else strategies.split(","))
@@ -131,10 +124,10 @@ def _on_disk(names: Sequence[str] | None) -> dict[str, KVFacts]:
 
 
 def _geometry(model: Path | None, sizes: dict[str, int | None], dtype: str | None) -> Geometry:
-    check_dtype(dtype)
+    options.check_dtype(dtype)
     named = {option: value for option, value in sizes.items() if value is not None}
-    check_model(model, list(named))
-    layers, kv_heads, head_dim = (at_least_one(*size) for size in {**_DEFAULTS, **named}.items())
+    options.check_model(model, list(named))
+    layers, kv_heads, head_dim = (options.at_least_one(*size) for size in {**_DEFAULTS, **named}.items())
     if head_dim % 2:
         raise ConfigurationError(f"--head-dim {head_dim}: rotary positions need an even number.")
     from ollm_bench.kv.models import checkpoint_geometry, synthetic_geometry

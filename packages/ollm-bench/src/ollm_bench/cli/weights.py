@@ -10,17 +10,7 @@ import attrs
 import typer
 
 from ollm.plugin import ConfigurationError
-from ollm_bench.cli.options import (
-    CacheDir,
-    Json,
-    Limit,
-    Plot,
-    Settings,
-    Steps,
-    at_least_one,
-    check_dtype,
-    check_model,
-)
+from ollm_bench.cli import options
 
 if TYPE_CHECKING:
     from ollm_bench.weights.checkpoints import Llama
@@ -60,11 +50,11 @@ def weights(
     resident: _Resident = None,
     kv_tokens: _KVTokens = None,
     prompt: _Prompt = None,
-    cache_dir: CacheDir = Path(),
-    memory_limit: Limit = None,
-    steps: Steps = 5,
-    json_file: Json = None,
-    plot: Plot = None,
+    cache_dir: options.CacheDir = Path(),
+    memory_limit: options.Limit = None,
+    steps: options.Steps = 5,
+    json_file: options.Json = None,
+    plot: options.Plot = None,
 ) -> None:
     """Measure what weights on disk cost.
 
@@ -81,10 +71,10 @@ def weights(
     named = {option: value for option, value in sizes.items() if value is not None}
     for option, value in ({"--kv-tokens": kv_tokens, "--prompt": prompt} | named).items():
         if value is not None:
-            at_least_one(option, value)
-    check_dtype(dtype)
-    check_model(model, [*named, *(["--dtype"] if dtype is not None else [])])
-    settings = Settings.checked(
+            options.at_least_one(option, value)
+    options.check_dtype(dtype)
+    options.check_model(model, [*named, *(["--dtype"] if dtype is not None else [])])
+    settings = options.Settings.checked(
         cache_dir=cache_dir, memory_limit=memory_limit, steps=steps, json_file=json_file, plot=plot
     )
     llama = None if model is not None else _llama({**_DEFAULTS, **named}, dtype or "bfloat16")

@@ -1,4 +1,5 @@
-"""The model that decodes. Knows transformers; knows nothing of caches, disks or measuring."""
+"""The model that decodes. Knows transformers, which is imported when one is made: its numbers are known without. Knows
+nothing of caches, disks or measuring."""
 
 from __future__ import annotations
 
@@ -6,9 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from ollm.plugin import ConfigurationError, kv_geometry
+from ollm.plugin import ConfigurationError
 from ollm_bench.checkpoints import check_fillable, read_config, weight_files
 from ollm_bench.kv.records import Geometry
 from ollm_bench.records import DTYPE_BYTES
@@ -33,6 +33,8 @@ def checkpoint_geometry(folder: Path, dtype: str | None) -> Geometry:
     Raises:
         ConfigurationError: when there is no config, no weights, or layers that only a real prompt can fill.
     """
+    from ollm.plugin import kv_geometry
+
     text = read_config(folder).get_text_config(decoder=True)
     check_fillable(text, folder)
     weights = sum(path.stat().st_size for path in weight_files(folder))
@@ -49,6 +51,8 @@ def checkpoint_geometry(folder: Path, dtype: str | None) -> Geometry:
 
 def make_model(geometry: Geometry, tokens: int) -> Any:
     """The model on the CPU, for contexts of `tokens`."""
+    from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
     dtype = getattr(torch, geometry.dtype)
     if geometry.model is not None:
         return AutoModelForCausalLM.from_pretrained(geometry.model, local_files_only=True, dtype=dtype).eval()

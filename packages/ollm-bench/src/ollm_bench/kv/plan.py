@@ -38,7 +38,14 @@ def plan_cases(
         cases += [Case(kind="static", tokens=count), Case(kind="dynamic", tokens=count)]
         for strategy in strategies:
             cases += [
-                Case(kind="strategy", tokens=count, strategy=strategy, residency=name, ram_budget=budget)
+                Case(
+                    kind="strategy",
+                    tokens=count,
+                    strategy=strategy,
+                    residency=name,
+                    ram_budget=budget,
+                    lossless=strategy not in lossy,
+                )
                 for name, budget in _budgets(geometry, count, steps, ram_budget)
                 if not (name == "half" and strategy in lossy)
             ]
@@ -49,7 +56,7 @@ def plan_cases(
                 cases.append(
                     Case(
                         kind="strategy", tokens=count, strategy=strategy, residency=residency, ram_budget=budget,
-                        forks=forks,
+                        forks=forks, lossless=strategy not in lossy,
                     )
                 )  # fmt: skip
     return cases

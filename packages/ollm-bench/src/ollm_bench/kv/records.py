@@ -52,6 +52,8 @@ class Case(records.Case):
     ram_budget: int | None = None
     forks: int = 1
     """How many continuations of what the cache is filled with decode at once."""
+    lossless: bool = True
+    """Whether the strategy gives back what it is given."""
 
     @property
     def label(self) -> str:

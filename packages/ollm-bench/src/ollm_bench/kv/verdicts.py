@@ -16,7 +16,7 @@ _MOST_OF_ONE = 1.5
 """What a step of many continuations of one document may cost."""
 _MOST_OF_BYTES = 0.55
 _MOST_OF_EXACT = 0.9
-"""A strategy that stores less than this does not store what it is given."""
+"""A lossy strategy that stores less than this is asked for what only fewer bytes can give."""
 _FAST_DISK = 1.3e9
 """From this raw read rate on, a cache on disk must also beat DynamicCache."""
 _LEAST_OF_WRITING = 0.8
@@ -58,10 +58,13 @@ def _of_one(
 ) -> list[Verdict]:  # fmt: skip
     assert measured.rates is not None  # every strategy's case measures the disk
     exact = geometry.kv_bytes(case.tokens)
-    everything = min(exact, measured.stored_bytes or exact)
-    fewer = everything < _MOST_OF_EXACT * exact
+    stored = min(exact, measured.stored_bytes or exact)
+    fewer = not case.lossless and stored < _MOST_OF_EXACT * exact
+    # what a lossless strategy saves by packing is its gain: it is compared with reading what it was given
+    everything = stored if fewer else exact
+    read = measured.bytes_per_step * everything // stored
     # bytes that a strategy reads beyond those that it needs to are no excuse for being slow
-    needed = min(measured.bytes_per_step, everything // 2 if case.residency == "half" else everything)
+    needed = min(read, everything // 2 if case.residency == "half" else everything)
     found: list[Verdict] = []
     if case.residency in ("nothing", "half"):
         found.append(against_possible(measured, needed, static or 0.0, _STATIC))
@@ -74,7 +77,7 @@ def _of_one(
     if dynamic is not None and measured.rates.read >= _FAST_DISK:
         found.append(at_most("of DynamicCache's time", measured.seconds / dynamic, _MOST_OF_DYNAMIC))
     if fewer:
-        found += _of_fewer_bytes(case, measured, outcomes, everything / exact)
+        found += _of_fewer_bytes(case, measured, outcomes, stored / exact)
     found.append(at_most("of memory above the model", measured.peak / 1e6, STRATEGY_BYTES / 1e6, "MB"))
     # where a part stays resident, filling also copies that: more work than appending
     if measured.bytes_written and measured.fill_seconds:

@@ -2,12 +2,13 @@
 
 # Without `from __future__ import annotations`: the signature shows types, not text.
 
-import torch
 from torch import nn
 
 from ollm.api.facts import facts_of
 from ollm.api.opening import open_cache
+from ollm.api.showing import PrefillLine
 from ollm.api.signature import CacheArguments, Progress, takes
+from ollm.io.devices import resolve_device
 from ollm.io.ledger import ledger
 from ollm.plan import CachePlan, CacheRequest, plan_cache
 from ollm.seam.cache import KVCache
@@ -18,9 +19,10 @@ def plan_for(model: nn.Module, request: CacheRequest) -> CachePlan:
 
     Raises:
         ConfigurationError: for whatever does not fit together.
+        DeviceError: the model is on a device that we cannot serve.
     """
     facts = facts_of(model)
-    return plan_cache(request, facts, ledger.measure(torch.device(facts.device)))
+    return plan_cache(request, facts, ledger.measure(resolve_device(facts.device)))
 
 
 @takes(CacheArguments)
@@ -33,7 +35,8 @@ def disk_cache(model: nn.Module, request: CacheRequest, progress: Progress | Non
 
     Raises:
         ConfigurationError: for any wrong argument, and for a model that takes no cache, before anything is made.
+        DeviceError: the model is on a device that is neither a CPU nor a CUDA device.
         CacheDirectoryError: when the folder cannot be made or is not safe.
         MemoryLimitError: no memory is free for the buffers that reading and writing need.
     """
-    return open_cache(plan_for(model, request), model, progress)
+    return open_cache(plan_for(model, request), model, progress or PrefillLine())

@@ -13,7 +13,7 @@ from ollm.plan import BlockVerdict, ModelFacts
 from ollm.seam.cache import KVCache
 from ollm.seam.geometry import decoder_config, kv_geometry, without_adapter
 from ollm.seam.mode import why_not_blocks
-from ollm.seam.prefill import activation_bytes
+from ollm.seam.prefill import activation_bytes, prompt_bytes
 from ollm.seam.support import check_takes_cache
 
 if TYPE_CHECKING:
@@ -39,6 +39,7 @@ def facts_of_config(config: Any, name: str, dtype: torch.dtype, device: torch.de
         device=str(device),
         geometry=kv_geometry(config, dtype),
         activation_bytes=activation_bytes(config, dtype.itemsize),
+        prompt_bytes=prompt_bytes(config, dtype),
     )
 
 
@@ -50,18 +51,21 @@ def decoder_layers(model: nn.Module) -> Sequence[nn.Module]:
         return ()
 
 
-def try_blocks(model: nn.Module, make_cache: Callable[[], KVCache]) -> BlockVerdict:
+def try_blocks(model: nn.Module, make_cache: Callable[[bool], KVCache]) -> BlockVerdict:
     """Run a few tokens through the model, with stock attention and with blocks; once per model.
 
     Args:
         model: on its device.
-        make_cache: an empty block-mode cache for it, in memory.
+        make_cache: an empty block-mode cache for it, in memory, that has decoder layers take prompts in pieces or not.
+
+    Raises:
+        MemoryError, torch.OutOfMemoryError, OSError, PluginError, StorageError, WeightsError: as `why_not_blocks`.
     """
-    layers = decoder_layers(model)
-    reason = why_not_blocks(model, make_cache, layers)
+    pieces = bool(decoder_layers(model))
+    reason = why_not_blocks(model, make_cache, pieces=pieces)
     if not reason:
-        return BlockVerdict(blocks=True, pieces=bool(layers), reason="a trial gave the same logits as stock attention")
-    if layers and not why_not_blocks(model, make_cache, ()):  # it only takes no pieces
+        return BlockVerdict(blocks=True, pieces=pieces, reason="a trial gave the same logits as stock attention")
+    if pieces and not why_not_blocks(model, make_cache, pieces=False):  # it only takes no pieces
         return BlockVerdict(
             blocks=True,
             pieces=False,

@@ -10,7 +10,6 @@ import functools
 import logging as _logging
 import os
 import time
-from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,22 +18,32 @@ import torch
 from torch import nn
 
 from ollm.api.cache import plan_for
+from ollm.api.facts import facts_of
+from ollm.api.files import file_get_contents
 from ollm.api.opening import open_cache
 from ollm.api.placement import Placer
+from ollm.api.showing import PrefillLine, show_log
 from ollm.api.signature import CacheArguments, Progress, takes
-from ollm.errors import ConfigurationError, NotLoadedError, OllmError
+from ollm.contracts.models import ModelAdapter
+from ollm.errors import ConfigurationError, ModelDirectoryError, NotLoadedError, OllmError
 from ollm.io.devices import resolve_device
 from ollm.io.ledger import ledger
 from ollm.models.adapters import find_adapter
-from ollm.models.directory import check_model_directory
+from ollm.models.directory import (
+    CHAT_TEMPLATE,
+    ModelDirectory,
+    check_model_directory,
+    check_sizes,
+    has_tokenizer,
+)
 from ollm.models.references import resolve_reference
 from ollm.plan import CacheRequest
 from ollm.plan.placement import PlacementRecord
+from ollm.plan.prompts import longest_prompt
+from ollm.seam.adapters import apply_adapter, read_adapter
 from ollm.seam.cache import KVCache
-from ollm.seam.geometry import decoder_config
-from ollm.seam.loading import apply_adapter, load_config, load_model, load_tokenizer
+from ollm.seam.loading import check_vocabulary, load_config, load_model, load_tokenizer, open_checkpoint
 from ollm.seam.meter import Meter
-from ollm.seam.peak import longest_prompt
 from ollm.seam.prefill import bound_prompts
 from ollm.stats import Stats
 
@@ -70,6 +79,8 @@ class _Native:
         """Name of the model adapter in use."""
         self._dtype = dtype
         self._logging = logging
+        if logging:
+            show_log()
         self._meter: Meter | None = None
         self._placer: Placer | None = None
         self._streamer: WeightStreamer | None = None
@@ -90,10 +101,12 @@ class _Native:
             self._meter.paused() if self._meter else nullcontext(),  # a trial run is not a generation
             self._streamer.standing_in() if self._streamer else nullcontext(),  # and needs no layer's own weights
         ):
-            cache = open_cache(plan_for(self.model, request), self.model, progress)
-        if self._meter is not None:
-            self._meter.flush()
+            cache = open_cache(plan_for(self.model, request), self.model, progress or PrefillLine())
+        meter = self._meter
+        if meter is not None:
+            meter.flush()
             self.stats.caches.append(cache.counters)
+            cache.changes.make(lambda: meter.flush)  # its end is that of a generation
         self._bound_prompts(cache)
         return cache
 
@@ -103,7 +116,7 @@ class _Native:
         if self.placement is None or not self.placement.streamed_bytes:
             return
         free = ledger.measure(self.device).device_free
-        tokens = longest_prompt(decoder_config(self.model), self.model.dtype, cache.piece_tokens, free)
+        tokens = longest_prompt(facts_of(self.model), cache.piece_tokens, free)
         cache.changes.make(functools.partial(bound_prompts, self.model, tokens))
 
     def offload_layers_to_cpu(self, layers_num: int, policy: str = "auto") -> PlacementRecord:
@@ -146,25 +159,30 @@ class _Native:
             logger.info("%s", record)
         return record
 
-    def _load(self, path: Path, adapter_dir: Path | None) -> None:
+    def _load(self, directory: ModelDirectory, adapter_dir: Path | None) -> None:
         """Load a checked directory, or leave everything as it was."""
-        began = time.perf_counter()
+        began, path = time.perf_counter(), directory.path
+        checkpoint = open_checkpoint(path, directory.chosen_weights, directory.config)
         config = load_config(path)
         if getattr(config, "text_config", None) is not None:
             raise ConfigurationError(
                 f"{path} is a multimodal checkpoint ({config.model_type}); this version runs text models only."
             )
-        name, adapter = find_adapter(config)
-        tokenizer = load_tokenizer(path)
-
-        def find_layers(model: nn.Module) -> Sequence[nn.Module]:
-            return adapter.parts(model).layers
-
-        base, streamer = load_model(path, config=config, find_layers=find_layers, device=self.device, dtype=self._dtype)
-        model = base if adapter_dir is None else apply_adapter(base, adapter_dir)
+        name, model_adapter = find_adapter(config)
+        adapter = None
+        if adapter_dir is not None:
+            check_sizes(adapter_dir)
+            adapter = read_adapter(adapter_dir, config, checkpoint)
+        tokenizer = _tokenizer(path, adapter_dir, config)
+        base, streamer = load_model(
+            path, config=config, checkpoint=checkpoint, find_parts=model_adapter.parts, device=self.device,
+            dtype=self._dtype, whole=adapter.whole if adapter else "",
+        )  # fmt: skip
+        model = base if adapter is None else apply_adapter(base, adapter)
+        check_vocabulary(tokenizer, model, path)
         if self._meter is not None:
             self._meter.remove()
-        sizes = [] if streamer else _layer_bytes(find_layers, base)
+        sizes = [] if streamer else _layer_bytes(model_adapter, base)
         self._placer, self._streamer = Placer(streamer, sizes, self.device), streamer
         self.adapter, self.tokenizer, self.model = name, tokenizer, model
         self.stats = Stats(load_seconds=time.perf_counter() - began, load_bytes=_nbytes(model))
@@ -180,9 +198,25 @@ class _Native:
         return self._placer
 
 
-def _layer_bytes(find_layers: Callable[[nn.Module], Sequence[nn.Module]], model: nn.Module) -> list[int]:
+def _tokenizer(path: Path, adapter_dir: Path | None, config: Any) -> Any:
+    """The one beside the adapter, with which it was trained, or else the model's, with the adapter's chat template."""
+    if adapter_dir is not None and adapter_dir != path and has_tokenizer(adapter_dir):
+        return load_tokenizer(adapter_dir, config)
+    tokenizer = load_tokenizer(path)
+    template = None if adapter_dir is None else adapter_dir / CHAT_TEMPLATE
+    if template is not None and template.is_file():
+        tokenizer.chat_template = file_get_contents(template)
+    return tokenizer
+
+
+def _adapter_beside(path: Path) -> Path | None:
+    """The model's own directory where it holds an adapter, too, which is applied then, as transformers does."""
+    return path if (path / "adapter_config.json").is_file() else None
+
+
+def _layer_bytes(adapter: ModelAdapter, model: nn.Module) -> list[int]:
     try:
-        return [_nbytes(layer) for layer in find_layers(model)]
+        return [_nbytes(layer) for layer in adapter.parts(model).layers]
     except OllmError:  # nobody knows its layers, so none can be placed
         return []
 
@@ -215,8 +249,9 @@ class Inference(_Native):
 
         Args:
             model_id: an alias such as `llama3-1B-chat`, a directory, or `org/name[@revision]`.
-            device: one device, `cpu` or `cuda:N`.
-            logging: collect `stats` and log one line per generation to the logger `ollm`.
+            device: one device, `cpu` or `cuda:N`, or `auto`: the first CUDA device if there is one, else the CPU.
+            logging: collect `stats` and log one line per generation to the logger `ollm`, which is shown on stderr
+                where the program has set no logging up.
             multimodality: must be `False` in this version.
             dtype: of the weights; the checkpoint's by default.
 
@@ -246,8 +281,7 @@ class Inference(_Native):
             advice = f"This version does not download; get it with: hf download {repository} --local-dir {path}" + (
                 f" --revision {revision}" if revision else ""
             )
-        check_model_directory(path, where_from=advice)
-        self._load(path, None)
+        self._load(check_model_directory(path, where_from=advice), _adapter_beside(path))
 
 
 class AutoInference(_Native):
@@ -275,6 +309,11 @@ class AutoInference(_Native):
             ConfigurationError, DeviceError, MissingExtraError: as for `Inference`, and without peft.
         """
         super().__init__(device=device, logging=logging, multimodality=multimodality, dtype=dtype)
-        path = Path(model_dir)
-        check_model_directory(path)
-        self._load(path, None if adapter_dir is None else Path(adapter_dir))
+        directory = check_model_directory(Path(model_dir))
+        beside = _adapter_beside(directory.path)
+        if beside is not None and adapter_dir is not None:
+            raise ModelDirectoryError(
+                f"{beside} holds an adapter beside the model, and adapter_dir={adapter_dir} names another. "
+                "transformers applies the first by itself: move one of them elsewhere."
+            )
+        self._load(directory, beside if adapter_dir is None else Path(adapter_dir))

@@ -15,6 +15,7 @@ from ollm.contracts.kv import KVStore
 from ollm.contracts.options import format_parameters
 from ollm.contracts.strategy import KVBuildContext
 from ollm.errors import PluginError
+from ollm.io.devices import is_accelerator
 from ollm.io.ledger import ledger
 from ollm.kv.session import KVSession
 from ollm.plan import CachePlan
@@ -22,6 +23,7 @@ from ollm.registry import registry
 from ollm.seam.cache import KVCache
 from ollm.seam.geometry import decoder_config
 from ollm.seam.mode import switch_on
+from ollm.seam.watch import watch
 from ollm.storage.folder import CacheFolder
 from ollm.storage.options import WRITE_BUFFERS, StorageOptions
 from ollm.storage.segments import SegmentedStorage
@@ -53,9 +55,15 @@ def open_cache(plan: CachePlan, model: nn.Module, progress: Callable[[PrefillPro
         PluginError: the store is not what its plugin says.
     """
     if plan.mode is None:
-        plan = plan.decided(try_blocks(model, lambda: open_cache(plan.for_trial(), model)))
-    for warning in plan.warnings:
+        plan = plan.decided(try_blocks(model, lambda pieces: _open(plan.for_trial(pieces=pieces), model)))
+    cache = _open(plan, model)
+    cache.progress = progress
+    for warning in (*plan.warnings, *cache.what_stays_in_memory()):
         logger.warning("%s", warning)
+    return cache
+
+
+def _open(plan: CachePlan, model: nn.Module) -> KVCache:
     switch = None
     if plan.mode == "block":
         switch = functools.partial(switch_on, model, decoder_layers(model) if plan.pieces else ())
@@ -66,10 +74,11 @@ def open_cache(plan: CachePlan, model: nn.Module, progress: Callable[[PrefillPro
             spill_policy=plan.spill_policy,
             lossless=plan.facts.lossless,
             switch_on=switch,
+            changes=[functools.partial(watch, model)],
             mode_reason=plan.mode_reason,
         )
         undo.pop_all()
-    cache.piece_tokens, cache.progress = (plan.piece_tokens if plan.pieces else None), progress
+    cache.piece_tokens = plan.piece_tokens if plan.pieces else None
     return cache
 
 
@@ -94,7 +103,7 @@ def _open_session(plan: CachePlan, undo: ExitStack) -> KVSession:
             parameters=format_parameters(plan.options),
             write_buffers=write_buffers,
             compact_from=compact_from,
-            pinned=device.type == "cuda",
+            pinned=is_accelerator(device),
         )
         undo.callback(made.close)
         return made
@@ -115,7 +124,8 @@ def _open_session(plan: CachePlan, undo: ExitStack) -> KVSession:
         )
     claims = []
     for purpose, nbytes in (("tails", plan.memory.tails), ("activations", plan.memory.activations)):
-        claim = ledger.try_claim(purpose, nbytes, device)  # so that others plan without it; it is needed all the same
+        # so that others plan without it; it is needed all the same
+        claim = ledger.try_claim(purpose, nbytes, device) if nbytes else None
         if claim is not None:
             undo.callback(claim.release)
             claims.append(claim)

@@ -9,6 +9,7 @@ import torch
 
 from ollm.contracts.offload import Tier
 from ollm.errors import ConfigurationError, DeviceError
+from ollm.io.devices import is_accelerator
 from ollm.io.ledger import ledger
 from ollm.plan.placement import PlacementPlan, PlacementRecord, Room, plan_fit, plan_placement
 from ollm.weights.ring import RING_SLOTS
@@ -22,6 +23,7 @@ class Placer:
         """`streamer` is `None` for a model that was loaded whole: its layers, of `layer_bytes` each, stay where they
         are, as the record then says."""
         self.record: PlacementRecord | None = None
+        self._plan: PlacementPlan | None = None  # the latest that was carried out
         self._streamer = streamer
         self._sizes = list(layer_bytes) if streamer is None else streamer.layer_bytes
         self._device = device
@@ -45,7 +47,7 @@ class Placer:
             DeviceError: for `gpu` where the model is on a CPU.
             MemoryLimitError: the layers do not fit; nothing was read or changed.
         """
-        if target == "gpu" and self._device.type == "cpu":
+        if target == "gpu" and not is_accelerator(self._device):
             raise DeviceError(
                 "offload_layers_to_gpu: the model is on a CPU. Keep layers in its memory with offload_layers_to_cpu, "
                 "or load the model with device='cuda:0'."
@@ -59,20 +61,26 @@ class Placer:
         return self._carry_out(plan)
 
     def _fit(self) -> None:
-        """The device is filled first; on an accelerator, host memory takes what it can of the rest."""
-        rooms = {Tier.DEVICE: _room(self._device)}
-        if self._device.type != "cpu":
-            rooms[Tier.HOST] = _room(torch.device("cpu"))
-        self._carry_out(plan_fit(self._sizes, rooms, slots=RING_SLOTS))
+        host = _room(torch.device("cpu")) if is_accelerator(self._device) else None
+        self._carry_out(plan_fit(self._sizes, device=_room(self._device), host=host, slots=RING_SLOTS))
 
     def _carry_out(self, plan: PlacementPlan) -> PlacementRecord:
-        streamer, now = self._streamer, [Tier.DEVICE] * len(self._sizes)
-        if streamer is not None:
-            streamer.place(plan.tiers)
-            now = streamer.tiers
-        streamed = streamer.streamed_bytes if streamer is not None else 0
-        self.record = PlacementRecord.of(plan, self._sizes, now, streamed)
-        return self.record
+        try:
+            if self._streamer is not None:
+                self._streamer.place(plan.tiers)
+        except BaseException:
+            if self._plan is not None:  # the earlier one may be undone in part
+                self.record = self._record(self._plan)
+            raise
+        record = self._record(plan)
+        self._plan, self.record = plan, record
+        return record
+
+    def _record(self, plan: PlacementPlan) -> PlacementRecord:
+        streamer = self._streamer
+        if streamer is None:
+            return PlacementRecord.of(plan, self._sizes, [Tier.DEVICE] * len(self._sizes), 0)
+        return PlacementRecord.of(plan, self._sizes, streamer.tiers, streamer.streamed_bytes)
 
 
 def _room(device: torch.device) -> Room:

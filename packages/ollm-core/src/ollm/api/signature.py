@@ -27,7 +27,11 @@ class CacheArguments(CacheRequest):
     """All that `disk_cache` takes beside a model: what a request holds, and a callback, which is no part of one."""
 
     progress: Progress | None = attrs.field(
-        default=None, metadata={"help": "In block mode, called after every piece of every layer of a prefill."}
+        default=None,
+        metadata={
+            "help": "In block mode, called after every piece of every layer of a prefill. By default a line on stderr "
+            "says how far it is, if that is a terminal and it takes more than a second."
+        },
     )
 
 

@@ -91,6 +91,8 @@ def _attend_block(
         if bias is not None:
             bias = bias[..., start - scores.bias_start : stop - scores.bias_start]
             bias = bias[..., low : low + query.shape[2], :] if bias.shape[-2] > 1 else bias
+        # under autocast: what stock attention is given is cast in the same way
+        keys, values = keys.to(query.dtype), values.to(query.dtype)
         settings: Settings = {"scale": scores.scale * block.key_scale, "softcap": scores.softcap, "bias": bias}
         if block.row_map is None:
             out, lse = attend_tile(query, keys, values, visible, **settings)

@@ -2,13 +2,14 @@
 
 A `TileMask` stands where transformers expects a mask tensor. It holds the mask function, the padding and the offsets,
 and answers for one tile at a time: everything is visible, nothing is, the tile is an exact causal diagonal, or a bool
-tensor. Answers are kept, because all layers of one kind share the mask.
+tensor. Answers are kept, because all layers of one kind share the mask; of those that are tensors only the newest.
 """
 
 from __future__ import annotations
 
 import copy
 import enum
+from collections import OrderedDict
 from collections.abc import Callable
 
 import torch
@@ -29,6 +30,33 @@ class Visible(enum.Enum):
 
 Answer = Visible | Tensor
 """Of a tile; a tensor is bool, broadcastable to `[rows, heads, queries, keys]`."""
+
+
+KEPT_BYTES = 32 * 2**20
+"""Tensors among the answers that a mask keeps: those of a decode step over a window for every tile, and no more of a
+long prompt than its tiles take at once."""
+
+
+class _Answers:
+    """Of one mask: all that need no tensor, and of tensors the newest `KEPT_BYTES`."""
+
+    def __init__(self) -> None:
+        self._plain: dict[tuple[int, int, int, int], Visible] = {}
+        self._tensors: OrderedDict[tuple[int, int, int, int], Tensor] = OrderedDict()
+        self._nbytes = 0
+
+    def get(self, place: tuple[int, int, int, int]) -> Answer | None:
+        return self._plain.get(place) or self._tensors.get(place)
+
+    def put(self, place: tuple[int, int, int, int], answer: Answer) -> None:
+        if isinstance(answer, Visible):
+            self._plain[place] = answer
+            return
+        self._tensors[place] = answer
+        self._nbytes += answer.untyped_storage().nbytes()
+        while self._nbytes > KEPT_BYTES and len(self._tensors) > 1:
+            _, oldest = self._tensors.popitem(last=False)
+            self._nbytes -= oldest.untyped_storage().nbytes()
 
 
 class TileMask:
@@ -64,7 +92,7 @@ class TileMask:
         self.base: TileMask | None = None
         """The mask of the whole forward, for a part of it."""
         self._windowed: dict[tuple[int, int], TileMask] = {}
-        self._answers: dict[tuple[int, int, int, int], Answer] = {}
+        self._answers = _Answers()
 
     @property
     def is_causal(self) -> bool:
@@ -85,7 +113,7 @@ class TileMask:
         inner = self.base or self
         if (window, sinks) not in inner._windowed:
             part = copy.copy(inner)
-            part._answers, part._function = {}, _within(inner._function, window, sinks)
+            part._answers, part._function = _Answers(), _within(inner._function, window, sinks)
             inner._windowed[window, sinks] = part
         part = copy.copy(inner._windowed[window, sinks])
         part.queries, part.query_offset, part.key_offset = self.queries, self.query_offset, self.key_offset
@@ -98,9 +126,11 @@ class TileMask:
     def tile(self, query: int, query_stop: int, key: int, key_stop: int) -> Answer:
         """The answer for queries and keys of these positions."""
         place = (query, query_stop, key, key_stop)
-        if place not in self._answers:
-            self._answers[place] = self._evaluate(*place)
-        return self._answers[place]
+        answer = self._answers.get(place)
+        if answer is None:
+            answer = self._evaluate(*place)
+            self._answers.put(place, answer)
+        return answer
 
     def _evaluate(self, query: int, query_stop: int, key: int, key_stop: int) -> Answer:
         pattern = self._pattern(query, query_stop, key, key_stop)

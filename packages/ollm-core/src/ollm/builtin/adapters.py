@@ -10,13 +10,14 @@ from ollm.plugin import ModelAdapter, ModelParts, OllmError
 
 
 class LlamaAdapter(ModelAdapter):
-    """Llama: `model.layers`, weights under `model.layers.`."""
+    """Llama: `model.layers`, or `layers` of a model without a head."""
 
     def matches(self, config: Any) -> bool:
         return bool(config.model_type == "llama")
 
     def parts(self, model: nn.Module) -> ModelParts:
-        return ModelParts(layers=tuple(model.get_submodule("model.layers").children()), key_prefix="model.layers.")
+        name = "model.layers" if hasattr(model, "model") else "layers"  # the second without a head
+        return ModelParts(layers=tuple(model.get_submodule(name).children()), key_prefix=f"{name}.")
 
 
 class GenericAdapter(ModelAdapter):

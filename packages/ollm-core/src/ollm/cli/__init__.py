@@ -19,6 +19,7 @@ app = typer.Typer(
     cls=Commands,
     help="Run Hugging Face language models whose context or weights do not fit in memory.",
     no_args_is_help=True,
+    context_settings={"help_option_names": ["-h", "--help"]},  # those of all commands, too
     add_completion=False,
     rich_markup_mode=None,  # help in plain text: rich's boxes take 0.15 s to import
     pretty_exceptions_enable=False,

@@ -11,8 +11,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ollm.contracts.options import describe_options
+from ollm.contracts.options import OptionInfo, describe_options
+from ollm.contracts.strategy import KVFacts
 from ollm.registry import Kind, Offer, PluginReport, Registry, Status, registry
+from ollm.storage.options import StorageOptions
+from ollm.units import format_size
 
 _STYLES = {Status.LOADED: "green", Status.BROKEN: "bold red", Status.DISABLED: "yellow"}
 
@@ -35,6 +38,10 @@ def plugins(
         if index:
             console.print()
         _print_report(console, found, report, verbose)
+    if verbose:
+        console.print(Text("\nOptions of storage, which all stores have that say so:", style="bold"))
+        for info in describe_options(StorageOptions):
+            console.print(Text(f"  {_option(info)}", style="dim"))
 
 
 def _print_report(console: Console, found: Registry, report: PluginReport, verbose: bool) -> None:
@@ -46,14 +53,22 @@ def _print_report(console: Console, found: Registry, report: PluginReport, verbo
         console.print(Text(f"  {report.reason}"))
     for warning in report.warnings:
         console.print(Text(f"  warning: {warning}", style="yellow"))
+    lines = [
+        (_line(offer.kind.label, found.name_of(offer), offer.strategy.summary), _details(offer))
+        for offer in report.offers
+    ]
+    lines += [
+        (_line(found.commands.label, found.commands.of(command), command.command.summary), [])
+        for command in report.commands
+    ]
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 2))
-    for offer in report.offers:
-        table.add_row(*_line(offer.kind.label, found.name_of(offer), offer.strategy.summary))
+    for line, details in lines:
         if verbose:
-            for line in _details(offer):
-                table.add_row("", "", Text(line, style="dim"))
-    for command in report.commands:
-        table.add_row(*_line(found.commands.label, found.commands.of(command), command.command.summary))
+            console.print(Text("  ").join([Text(), *line]))
+            for detail in details:
+                console.print(Text(f"      {detail}", style="dim"))
+        else:
+            table.add_row(*line)
     if table.row_count:
         console.print(table)
 
@@ -66,16 +81,29 @@ def _details(offer: Offer) -> list[str]:
     lines = []
     facts = offer.strategy.facts
     if facts is not None:
-        lines.append(
-            f"{'lossless' if facts.lossless else 'lossy'}; "
-            f"{'full history' if facts.full_history else 'keeps a window: changes semantics'}; "
-            f"folder: {facts.directory or 'none'}; spill policy: {facts.spill_policy}"
-        )
+        lines.append(f"{_kept(facts)}; folder: {facts.directory or 'none'}; spill policy: {facts.spill_policy}")
         if facts.downsides:
             lines.append(f"downsides: {facts.downsides}")
-    for info in describe_options(offer.strategy.options):
-        lines.append(f"option {info.name} ({info.type}, default {info.default}): {info.help}")
+    options, common = describe_options(offer.strategy.options), describe_options(StorageOptions)
+    lines += [f"option {_option(info)}" for info in options if info not in common]
+    if any(info in common for info in options):
+        lines.append("options of storage: see the end")
     return lines
+
+
+def _kept(facts: KVFacts) -> str:
+    """What becomes of keys and values."""
+    if facts.full_history:
+        return "lossless" if facts.lossless else "not lossless: gives back other numbers than it is given"
+    kept = "what it keeps is exact" if facts.lossless else "what it keeps comes back as other numbers"
+    return f"not lossless: keeps a window and forgets what is older; {kept}"
+
+
+def _option(info: OptionInfo) -> str:
+    default = info.default
+    if info.type.startswith("ByteSize") and isinstance(default, int):
+        default = format_size(default)
+    return f"{info.name} ({info.type}, default {default}): {info.help}"
 
 
 def _as_dict(found: Registry, report: PluginReport) -> dict[str, Any]:

@@ -94,7 +94,8 @@ class Strategy(Generic[T_co]):
     build: Callable[[Any], T_co] = attrs.field(validator=attrs.validators.is_callable())
     """Makes the object, importing what is heavy. Takes a `BuildContext` (`KVBuildContext` for KV stores)."""
     options: type = attrs.field(default=NoOptions, validator=_check_options)
-    """An attrs class: its fields are the options, with defaults, validators and `help`."""
+    """An attrs class: its fields are the options, with defaults, validators and `help`. For KV strategies only: users
+    give a cache's options, and nothing to the other kinds."""
     facts: KVFacts | None = attrs.field(
         default=None, validator=attrs.validators.optional(attrs.validators.instance_of(KVFacts))
     )

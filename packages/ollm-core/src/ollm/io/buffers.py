@@ -23,6 +23,7 @@ HUGE_PAGE = 2 * 2**20
 _PRIVATE = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
 
 
+@torch.inference_mode(False)  # what is made in it can be written to in it only, and workers are not
 def aligned_buffer(nbytes: int, *, pinned: bool = False) -> Tensor:
     """A new uint8 tensor of at least `nbytes`, at an aligned address; in huge pages, if it is as large as one.
 

@@ -19,6 +19,7 @@ import torch
 
 from ollm.contracts.spill import MemorySnapshot
 from ollm.errors import MemoryLimitError
+from ollm.io.devices import is_accelerator
 from ollm.units import format_size
 
 _CGROUP_ROOT = Path("/sys/fs/cgroup")
@@ -30,6 +31,7 @@ _LAYOUTS = (
 )
 
 
+_HOST = torch.device("cpu")
 _HEADROOM = 64 * 2**20
 """Free memory that no claim takes: for what is too small or too short-lived to be claimed."""
 
@@ -42,8 +44,7 @@ class Claim:
     purpose: str
     nbytes: int
     """What may be filled."""
-    device: str
-    """`cpu` or `cuda`."""
+    device: torch.device
     used: int = 0
     """What is filled so far, and therefore no longer measured as free. Kept by the owner."""
     held: bool = True
@@ -68,9 +69,10 @@ class MemoryLedger:
     def measure(self, device: torch.device) -> MemorySnapshot:
         """What is free now, less what was claimed and is not filled yet."""
         measured = measure_memory(device)
-        host, accelerator = self._unfilled("cpu"), self._unfilled("cuda")
-        host_free = max(measured.host_free - host, 0)
-        device_free = host_free if device.type == "cpu" else max(measured.device_free - accelerator, 0)
+        host_free = max(measured.host_free - self._unfilled(_HOST), 0)
+        device_free = host_free
+        if is_accelerator(device):
+            device_free = max(measured.device_free - self._unfilled(device), 0)
         return attrs.evolve(measured, host_free=host_free, device_free=device_free)
 
     def room(self, device: torch.device) -> int:
@@ -98,7 +100,7 @@ class MemoryLedger:
         with self._lock:
             if nbytes > self.room(device):
                 return None
-            claim = Claim(purpose, nbytes, device.type)
+            claim = Claim(purpose, nbytes, device)
             self._drawn = [*map(weakref.ref, self._claims), weakref.ref(claim)]
             return claim
 
@@ -119,12 +121,12 @@ class MemoryLedger:
     def _refusal(self, purpose: str, nbytes: int, device: torch.device) -> MemoryLimitError:
         free = self.measure(device).device_free
         return MemoryLimitError(
-            f"{purpose} need {format_size(nbytes)} of memory on {device.type}, and of {format_size(free)} free "
+            f"{purpose} need {format_size(nbytes)} of memory on {device}, and of {format_size(free)} free "
             f"{format_size(_HEADROOM)} must stay so. Close other programs or caches, or raise this process's "
             "memory limit."
         )
 
-    def _unfilled(self, device: str) -> int:
+    def _unfilled(self, device: torch.device) -> int:
         return sum(max(claim.nbytes - claim.used, 0) for claim in self._claims if claim.device == device)
 
 
@@ -151,7 +153,7 @@ def measure_memory(device: torch.device) -> MemorySnapshot:
     for limit, used in _cgroup_limits():
         total, free = min(total, limit), min(free, max(limit - used, 0))
     device_total, device_free = total, free
-    if device.type == "cuda":
+    if is_accelerator(device):
         device_free, device_total = torch.cuda.mem_get_info(device)
     return MemorySnapshot(
         device_type=device.type,

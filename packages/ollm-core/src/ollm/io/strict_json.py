@@ -8,23 +8,38 @@ from typing import Any
 
 MOST_DEPTH = 16
 """Objects and lists inside each other, as deep as any file of ours or of a checkpoint goes, and far deeper."""
+MOST_VALUES = 4_000_000
+"""Of what others may have written, counted by the marks before and between values: some 300,000 tensors of a
+checkpoint, or a vocabulary of a million words with its merges."""
 
 
-def parse(raw: bytes, *, most_bytes: int) -> Any:
-    """What UTF-8 bytes say: no key twice in an object, no NaN, every number finite, nested at most `MOST_DEPTH` deep.
+def check_bounds(raw: bytes, *, most_bytes: int, most_values: int) -> None:
+    """Whether JSON is small enough to be parsed: a few bytes of it can become a hundred in memory.
 
     Raises:
-        ValueError: for anything else, and for more than `most_bytes`; says what is wrong, and nothing of where.
+        ValueError: there are more bytes, or more values, than so many.
     """
     if len(raw) > most_bytes:
         raise ValueError(f"larger than {most_bytes} bytes")
+    values = sum(map(raw.count, (b",", b":", b"[", b"{")))
+    if values > most_values:
+        raise ValueError(f"more than {most_values} values")
+
+
+def parse(raw: bytes, *, most_bytes: int, most_values: int | None = None) -> Any:
+    """What UTF-8 bytes say: no key twice in an object, no NaN, every number finite, nested at most `MOST_DEPTH` deep.
+
+    Raises:
+        ValueError: for anything else, and as `check_bounds`; says what is wrong, and nothing of where.
+    """
+    check_bounds(raw, most_bytes=most_bytes, most_values=most_bytes if most_values is None else most_values)
     try:
         content = json.loads(
             raw.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_refuse, parse_float=_finite
         )
     except RecursionError:
         raise _too_deep() from None
-    if not _is_shallow(content, MOST_DEPTH):
+    if not is_shallow(content, MOST_DEPTH):
         raise _too_deep()
     return content
 
@@ -47,9 +62,10 @@ def _finite(token: str) -> float:
     return value
 
 
-def _is_shallow(value: object, depth: int) -> bool:
+def is_shallow(value: object, depth: int) -> bool:
+    """Whether objects and lists are nested at most `depth` deep."""
     inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    return depth > 0 and all(_is_shallow(item, depth - 1) for item in inner)
+    return depth > 0 and all(is_shallow(item, depth - 1) for item in inner)
 
 
 def _too_deep() -> ValueError:

@@ -112,9 +112,10 @@ class Scratch:
             self.close()
             self._claim = ledger.try_claim("a decoded block", nbytes, self._device)
             on_cpu = self._device.type == "cpu"
-            self._buffer = (
-                aligned_buffer(nbytes) if on_cpu else torch.empty(nbytes, dtype=torch.uint8, device=self._device)
-            )
+            with torch.inference_mode(False):  # what is made in it can be written to in it only
+                self._buffer = (
+                    aligned_buffer(nbytes) if on_cpu else torch.empty(nbytes, dtype=torch.uint8, device=self._device)
+                )
             if self._claim is not None:
                 self._claim.used = nbytes
         return KVBlock.empty(layout, key.rows, key.tokens, into=self._buffer)

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import attrs
+import torch
 from torch import Tensor
 
 from ollm.attention.blockwise import Block
@@ -45,9 +46,12 @@ class LayerHistory:
         self.rows = 0
         self.next: Callable[[], LayerHistory | None] = lambda: None
         """The layer that a step visits after this one, and after the last the first: a weak reference."""
+        self.differentiable = False
+        """Whether something was appended that a gradient could go back to. What is kept has none."""
         self._session = session
         self._layout: KVLayout | None = None
         self._held: _Past | None = None
+        self._before: tuple[Tail, int, int, KVLayout | None] | None = None
 
     @property
     def tokens(self) -> int:
@@ -56,7 +60,8 @@ class LayerHistory:
 
     def append(self, keys: Tensor, values: Tensor) -> None:
         """Add tokens. After an error the history is what it was, unless what left a window was being given back."""
-        self._check(keys, values)
+        self.differentiable |= torch.is_grad_enabled() and (keys.requires_grad or values.requires_grad)
+        keys, values = self._checked(keys.detach(), values.detach())
         session, store = self._session, self._session.store
         session.give_back()
         self.tail = session.writer.append(self.table, self.tail, keys, values)
@@ -66,10 +71,11 @@ class LayerHistory:
 
     def gather(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Everything that came before, with the given tokens behind it, as two tensors of their own."""
-        self._check(keys, values)
         before, stored = self.tokens, self.table.tokens
+        given = keys, values
+        keys, values = self._checked(keys, values)
         if before == 0:
-            return keys, values
+            return given
         shape = (*keys.shape[:2], before + keys.shape[2])
         all_keys = keys.new_empty((*shape, keys.shape[3]))
         all_values = values.new_empty((*shape, values.shape[3]))
@@ -84,7 +90,7 @@ class LayerHistory:
 
     def handle(self, keys: Tensor, values: Tensor) -> KVHandle:
         """The same as `gather`, as blocks that are read when attention asks for them."""
-        self._check(keys, values)
+        keys, values = self._checked(keys.detach(), values.detach())
         newest = Block(self.tokens, keys, values)
         if self._held is not None:
             self._held.recent.append(newest)
@@ -125,7 +131,7 @@ class LayerHistory:
             self.table.crop(length)
             self.tail = Tail()
         if length == 0:
-            self.rows, self._layout = 0, None
+            self.rows, self._layout, self.differentiable = 0, None, False
         self._session.give_back()
 
     def fork(self, branch: int) -> LayerHistory:
@@ -133,12 +139,33 @@ class LayerHistory:
         fork = LayerHistory(self.table.layer, self._session, branch=branch)
         if self.tail.tokens:
             fork.tail.append(self.tail.keys, self.tail.values)
-        fork.rows, fork._layout = self.rows, self._layout
+        fork.rows, fork._layout, fork.differentiable = self.rows, self._layout, self.differentiable
         fork.table = self.table.fork(branch)
         return fork
 
+    def begin(self) -> None:
+        """Remember what there is, so that whatever is appended from now on can be undone, until `keep`. Copies nothing.
+        Nothing but `append`, and `crop` to no less than there was, may come in between."""
+        self._before = self.tail, self.tail.tokens, self.rows, self._layout
+        self.table.begin()
+
+    def keep(self) -> None:
+        """What was appended since `begin` stays. Does nothing without it."""
+        self._before = None
+        self.table.keep()
+
+    def undo(self) -> None:
+        """Be what it was at `begin`. Does nothing without it, and can be called again after an interrupt."""
+        if self._before is None:
+            return
+        self.table.undo()
+        tail, tokens, self.rows, self._layout = self._before
+        tail.crop(tokens)
+        self.tail, self._before = tail, None
+
     def close(self) -> None:
         """Give up what it has. May be called twice."""
+        self.keep()
         self.crop(0)
 
     def why_not_crop(self, length: int) -> str | None:
@@ -161,14 +188,23 @@ class LayerHistory:
         recent = [Block(self.table.tokens, self.tail.keys, self.tail.values)] if self.tail.tokens else []
         return _Past(self.table.entries, recent)
 
-    def _check(self, keys: Tensor, values: Tensor) -> None:
-        """While the layer is empty, learn the shapes; afterwards they must stay."""
+    def _checked(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of one dtype, as wide as any that came before: under autocast they come in several, and where
+        stock caches join them, the widest wins. While the layer is empty, learn the shapes; afterwards they must stay.
+        """
         self._session.raise_failed()
+        before = self._layout if self.tokens else None
+        dtype = torch.promote_types(keys.dtype, values.dtype)
+        if before is not None:
+            dtype = torch.promote_types(dtype, before.dtype)
+        keys, values = keys.to(dtype), values.to(dtype)
         layout = KVLayout.of(keys, values)
-        if not self.tokens:
-            self._layout, self.rows = layout, keys.shape[0]
-        elif layout != self._layout or keys.shape[0] != self.rows:
+        if before is None:
+            self.rows = keys.shape[0]
+        elif layout != attrs.evolve(before, dtype=dtype) or keys.shape[0] != self.rows:
             raise BatchMismatchError(
-                f"This cache holds {self.rows} rows of {self._layout}, and {keys.shape[0]} rows of {layout} were "
+                f"This cache holds {self.rows} rows of {before}, and {keys.shape[0]} rows of {layout} were "
                 "appended. A cache serves one batch: call reset() or make another cache."
             )
+        self._layout = layout
+        return keys, values

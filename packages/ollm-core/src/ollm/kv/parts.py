@@ -17,12 +17,8 @@ from torch import Tensor
 from ollm.contracts.blocks import Extent, KVBlock
 from ollm.contracts.storage import Pieces, Storage
 from ollm.io.buffers import BufferPool, tensor_bytes
+from ollm.storage.options import MOST_READ_BYTES, PARTS_IN_FLIGHT
 from ollm.storage.tensors import head_spans
-
-IN_FLIGHT = 32
-"""Reads of parts at a time; see `benchmarks/results`, small-reads."""
-MOST_READ_BYTES = 256 * 2**10
-"""Of pieces that are read together: larger ones are no faster there."""
 
 
 @attrs.frozen
@@ -64,7 +60,7 @@ class PartReader:
             MemoryLimitError: no memory for the buffers is free.
         """
         self._storage = storage
-        self._buffers = BufferPool("Buffers for parts of extents", IN_FLIGHT, MOST_READ_BYTES)
+        self._buffers = BufferPool("Buffers for parts of extents", PARTS_IN_FLIGHT, MOST_READ_BYTES)
 
     @property
     def buffer_bytes(self) -> int:

@@ -214,6 +214,7 @@ class Residency:
 
     def _empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         if self._device.type != "cpu":
-            return torch.empty(shape, dtype=dtype, device=self._device)
+            with torch.inference_mode(False):  # what is made in it can be written to in it only
+                return torch.empty(shape, dtype=dtype, device=self._device)
         nbytes = math.prod(shape) * dtype.itemsize
         return aligned_buffer(nbytes, pinned=self._staged)[:nbytes].view(dtype).view(shape)

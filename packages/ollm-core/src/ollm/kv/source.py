@@ -20,6 +20,7 @@ from ollm.contracts.spill import SpillPlan
 from ollm.errors import StoreContractError
 from ollm.io.buffers import BufferPool
 from ollm.io.device_ring import DeviceRing
+from ollm.io.devices import is_accelerator
 from ollm.io.scheduler import scheduler_of
 from ollm.io.streams import CudaStreams
 from ollm.kv.encoded import EncodedResidency, Scratch
@@ -29,10 +30,7 @@ from ollm.kv.residency import Residency
 from ollm.kv.route import Route, RoutePlanner
 from ollm.kv.state import KVCounters
 from ollm.kv.table import Entries, Entry, take
-from ollm.storage.options import BUFFER_BYTES
-
-_ON_THE_DEVICE = 3
-"""Device buffers: one is being computed with, one is filled, one waits."""
+from ollm.storage.options import BUFFER_BYTES, DEVICE_BUFFERS
 
 Following = Callable[[], Iterable[Entries]]
 """What will be wanted next, layer by layer, as far as one can tell; finite."""
@@ -59,7 +57,7 @@ class BlockSource:
         self._strategy = strategy
         self._device = device
         self._counters = counters
-        staged = device.type == "cuda"
+        staged = is_accelerator(device)
 
         def share(budget: int) -> int:
             return budget // len(layers) if layers else 0
@@ -82,7 +80,7 @@ class BlockSource:
             undo.callback(self.close)
             if staged:
                 streams = CudaStreams(device)
-                self._ring = DeviceRing("Staging buffers", device, BUFFER_BYTES, streams, count=_ON_THE_DEVICE)
+                self._ring = DeviceRing("Staging buffers", device, BUFFER_BYTES, streams, count=DEVICE_BUFFERS)
                 self._ends.append(self._ring.close)
             if not store.in_memory:
                 buffers = BufferPool("Read buffers", plan.read_buffers, BUFFER_BYTES, pinned=staged)
@@ -156,6 +154,7 @@ class BlockSource:
 
         def out(entry: Entry) -> KVBlock | None:
             whole = entry.row_map is None and entry.extent.visible == entry.extent.key.tokens
+            whole = whole and entry.extent.layout.dtype == keys.dtype
             span = slice(entry.start, entry.stop)
             return KVBlock(keys[:, :, span], values[:, :, span]) if whole else None
 

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import attrs
 
+from ollm.units import format_size
+
 
 @attrs.define
 class KVCounters:
@@ -55,7 +57,12 @@ class CacheState:
     """True sequence length."""
     rows: int
     stored_layers: int
-    """Layers whose keys and values go to the store (full attention); the others keep transformers' own."""
+    """Layers whose keys and values go to the store: those that attend to every token. The others keep transformers'
+    own, such as windows and recurrent states."""
+    growing_layers: int
+    """Layers that keep something of every token in memory, beside what they store or instead of it."""
+    memory_bytes: int
+    """What all layers keep in memory beside the store and its tails: windows, recurrent states, what grows."""
     persisted_tokens: int
     """Tokens that the store holds, those of `shared_tokens` included."""
     shared_tokens: int
@@ -92,3 +99,22 @@ class CacheState:
     compactions: int
     window_tokens: int | None
     cold_representation: str
+
+    def __str__(self) -> str:
+        """What people ask first, in a few lines; `repr` has every field."""
+        size, disk = format_size, self.directory is not None
+        where = [f"{self.persisted_tokens:,} stored" + (f" ({size(self.disk_bytes)} on disk)" if disk else "")]
+        where += [f"{self.tail_tokens:,} in memory only ({size(self.tail_bytes)})"]
+        if self.evicted_tokens:
+            where.append(f"{self.evicted_tokens:,} dropped, for the window keeps {self.window_tokens:,}")
+        kind = f"{self.strategy}, {'lossless' if self.lossless else 'not lossless'}"
+        lines = [
+            f"{kind}, {self.mode} mode ({self.mode_reason})",
+            f"{self.tokens:,} tokens in {self.rows} rows: {', '.join(where)}",
+            f"memory: {size(self.resident_bytes)} of what is stored, {size(self.buffer_bytes)} of buffers",
+            f"written {size(self.bytes_written)}, read {size(self.bytes_read)}; attention waited "
+            f"{self.load_seconds:.2f} s, storing took {self.save_seconds:.2f} s",
+        ]
+        if disk:
+            lines.append(f"folder: {self.directory}")
+        return "\n".join(lines)

@@ -179,6 +179,8 @@ class LayerTable:
         self.evictions = self.evicted_tokens = 0
         """How often tokens left the window, and how many."""
         self._table = table
+        self._before: tuple[Entries, int, int, int, int] | None = None
+        self._set_aside: list[Entry] = []
 
     @property
     def shared_tokens(self) -> int:
@@ -193,7 +195,7 @@ class LayerTable:
         self._table.add(new)
         self.entries = Entries((*before[: len(before) - len(old)], *new))
         self.tokens = new[-1].stop
-        self._table.drop(old)
+        self._drop(old)
 
     def crop(self, length: int) -> None:
         """Keep the first `length` tokens, at most as many as are stored."""
@@ -205,7 +207,7 @@ class LayerTable:
             last = kept[-1]
             kept[-1] = attrs.evolve(last, extent=attrs.evolve(last.extent, visible=length - last.start))
         self.entries, self.tokens = Entries(tuple(kept)), length
-        self._table.drop(dropped)
+        self._drop(dropped)
         if length == 0:
             self.first_kept = 0
 
@@ -216,7 +218,7 @@ class LayerTable:
         if not gone:
             return
         self.entries = Entries(tuple(entry for entry in self.entries if entry not in gone))
-        self._table.drop(gone)
+        self._drop(gone)
         self.evictions += 1
         self.evicted_tokens += sum(entry.extent.visible for entry in gone)
         self.first_kept = gone[-1].stop
@@ -251,7 +253,41 @@ class LayerTable:
         self._table.share(self.entries)
         return fork
 
-    def kept(self) -> KeptLayer:
+    def begin(self) -> None:
+        """From now on `undo` leads back to here, until `keep`: what the list has now is not freed if it leaves."""
+        self.keep()
+        self._before = self.entries, self.tokens, self.first_kept, self.evictions, self.evicted_tokens
+
+    def keep(self) -> None:
+        """What was done since `begin` stays. Does nothing without it."""
+        aside, self._before, self._set_aside = self._set_aside, None, []
+        if aside:
+            self._table.drop(aside)
+
+    def undo(self) -> None:
+        """Back to `begin`. Does nothing without it; an interrupt costs space at most, and it can be called again."""
+        if self._before is None:
+            return
+        was = self._locations_before()
+        new = [entry for entry in self.entries if entry.extent.location not in was]
+        self.entries, self.tokens, self.first_kept, self.evictions, self.evicted_tokens = self._before
+        self._before, self._set_aside = None, []
+        self._table.drop(new)
+
+    def _drop(self, entries: Sequence[Entry]) -> None:
+        """One list less has these, unless `undo` may want them back."""
+        if entries and self._before is not None:
+            was = self._locations_before()
+            self._set_aside += [entry for entry in entries if entry.extent.location in was]
+            entries = [entry for entry in entries if entry.extent.location not in was]
+        self._table.drop(entries)
+
+    def _locations_before(self) -> set[Location]:
+        """A cut extent is where the whole one was."""
+        assert self._before is not None
+        return {entry.extent.location for entry in self._before[0]}
+
+    def listed(self) -> KeptLayer:
         """What a commit lists of this layer, for `adopt`."""
         entries = tuple(KeptEntry(entry.extent, _plain(entry.row_map)) for entry in self.entries)
         return KeptLayer(self.layer, entries, self.tokens, self.first_kept)

@@ -11,7 +11,8 @@ _GROWTH = 64  # tokens of spare room, so that a decode step writes one token and
 
 
 class Tail:
-    """Keys and values of consecutive tokens, `[rows, kv_heads, tokens, size]`, in buffers with room to grow."""
+    """Keys and values of consecutive tokens, `[rows, kv_heads, tokens, size]`, in buffers with room to grow, which may
+    be written to in inference mode and outside of it, in any order."""
 
     def __init__(self) -> None:
         self.tokens = 0
@@ -38,9 +39,15 @@ class Tail:
         return self._values[:, :, : self.tokens]
 
     def append(self, keys: Tensor, values: Tensor) -> None:
-        """Copy tokens behind those that are here."""
+        """Copy tokens behind those that are here. Of another dtype than these, they are at least as wide."""
         stop = self.tokens + keys.shape[2]
-        if self._keys is None or self._values is None or stop > self._keys.shape[2] or self.tokens == 0:
+        if (
+            self._keys is None
+            or self._values is None
+            or stop > self._keys.shape[2]
+            or self.tokens == 0
+            or self._keys.dtype != keys.dtype
+        ):
             room = stop + _GROWTH
             grown_keys, grown_values = _room_for(keys, room), _room_for(values, room)
             if self.tokens:
@@ -61,19 +68,23 @@ class Tail:
         """Make the batch `batch[index]`."""
         if self._keys is not None and self._values is not None:
             index = index.to(self._keys.device)
-            # both or, if there is no such row or no memory, neither
-            self._keys, self._values = self._keys.index_select(0, index), self._values.index_select(0, index)
+            with torch.inference_mode(False), torch.no_grad():
+                # both or, if there is no such row or no memory, neither
+                self._keys, self._values = self._keys.index_select(0, index), self._values.index_select(0, index)
 
 
 def _room_for(like: Tensor, tokens: int) -> Tensor:
-    return torch.empty((*like.shape[:2], tokens, like.shape[3]), dtype=like.dtype, device=like.device)
+    with torch.inference_mode(False):  # what is made in it can be written to in it only
+        return torch.empty((*like.shape[:2], tokens, like.shape[3]), dtype=like.dtype, device=like.device)
 
 
 class Pending:
     """A tail with new tokens behind it, as if they were one, without joining them."""
 
     def __init__(self, parts: Sequence[tuple[Tensor, Tensor]]) -> None:
-        """Keys and values, in order of position."""
+        """Keys and values, in order of position; the last are at least as wide as all others, and all become so."""
+        dtype = parts[-1][0].dtype
+        parts = [(keys.to(dtype), values.to(dtype)) for keys, values in parts]
         self.tokens = sum(keys.shape[2] for keys, _ in parts)
         self.rows = parts[0][0].shape[0]
         self._parts = parts

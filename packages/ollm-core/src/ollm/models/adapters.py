@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ollm.contracts.models import ModelAdapter
+from ollm.contracts.options import NoOptions
 from ollm.contracts.strategy import BuildContext
 from ollm.errors import PluginError
 from ollm.registry import Kind, registry
@@ -17,13 +18,15 @@ def find_adapter(config: Any) -> tuple[str, ModelAdapter]:
     """Name and adapter for a config.
 
     Raises:
-        PluginError: when several third parties claim the model; says how to choose.
+        PluginError: when several third parties claim the model, and when one fails; says what to do.
     """
     names = registry()
     matching: dict[str, ModelAdapter] = {}
     for offer in names.offers(Kind.MODEL_ADAPTER):
-        adapter = names.build(offer, BuildContext(names.options(offer, {})), ModelAdapter)
-        if adapter.matches(config):
+        adapter = names.build(offer, BuildContext(NoOptions()), ModelAdapter)
+        with names.blaming(offer, "matches()"):
+            matches = adapter.matches(config)
+        if matches:
             matching[names.name_of(offer)] = adapter
     foreign = [name for name in matching if name not in RESERVED[Kind.MODEL_ADAPTER]]
     if len(foreign) > 1:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 import attrs
@@ -53,5 +55,12 @@ def resolve_reference(model_id: str) -> ModelReference:
             return ModelReference(model_id, model_id, folder=model_id)
     raise ConfigurationError(
         f"model_id={model_id!r} is no alias ({', '.join(ALIASES)}), no directory, and no Hub id such as "
-        "'org/name' or 'org/name@revision'."
+        f"'org/name' or 'org/name@revision'.{did_you_mean(model_id, ALIASES)}"
     )
+
+
+def did_you_mean(name: object, known: Iterable[str]) -> str:
+    """A question to end a message with, if something that is known is called nearly so."""
+    names = {other.lower(): other for other in known}
+    close = difflib.get_close_matches(name.lower(), names, n=1) if isinstance(name, str) else []
+    return f" Did you mean {names[close[0]]!r}?" if close else ""

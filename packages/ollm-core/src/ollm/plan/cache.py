@@ -13,6 +13,8 @@ from typing import Any
 
 import attrs
 
+from ollm.contracts.blocks import EXTENT_BYTES
+from ollm.contracts.options import NoOptions
 from ollm.contracts.spill import KVGeometry, MemorySnapshot, SpillPlan, SpillPolicy
 from ollm.contracts.strategy import BuildContext, KVFacts
 from ollm.errors import ConfigurationError, PluginError
@@ -20,25 +22,33 @@ from ollm.plan.checks import check_budget, check_cache_dir, check_lifecycle, che
 from ollm.plan.facts import BlockVerdict, ModelFacts
 from ollm.plan.request import CacheRequest
 from ollm.registry import Kind, Offer, registry
-from ollm.storage.options import BUFFER_BYTES, WRITE_BUFFERS
+from ollm.storage.options import BUFFER_BYTES, DEVICE_BUFFERS, MOST_READ_BYTES, PARTS_IN_FLIGHT, WRITE_BUFFERS
 from ollm.units import format_size
 
 _TRIAL_PIECE_TOKENS = 3
+"""Fewer than a trial's prompts have."""
 _FEWEST_PIECE_TOKENS, _MOST_PIECE_TOKENS = 256, 4096
 
 
 @attrs.frozen(kw_only=True)
 class CacheMemory:
-    """What a cache takes of memory at most, in bytes."""
+    """What a cache of one sequence takes of memory at most, in bytes, beside what grows with the context: see
+    `CachePlan.bytes_per_token` and `prompt_bytes_per_token`."""
 
     tails: int
     """The newest tokens of all layers, on the model's device."""
     activations: int
-    """Of a piece of a prompt in one layer, on the model's device."""
+    """Of a piece of a prompt in one layer, on the model's device; 0 where layers take a prompt whole."""
     read_buffers: int
     """On the host; 0 for strategies that use no disk."""
     write_buffers: int
     """On the host, for a store that asks for as many as usual."""
+    part_buffers: int
+    """On the host: for reading what is left of extents that were cropped."""
+    decoding: int
+    """On the model's device: for an extent of a store that computes what it gives."""
+    staging: int
+    """On an accelerator: for what is copied there to be computed with."""
     resident_host: int
     """Copies of what is on disk. A limit: where less is free by then, less is kept."""
     resident_device: int
@@ -101,18 +111,39 @@ class CachePlan:
     @property
     def memory(self) -> CacheMemory:
         """What the cache will take."""
-        on_disk, on_cpu = self.directory is not None, self.free.device_type == "cpu"
+        on_disk, staged = self.directory is not None, self.free.device_type != "cpu"
         return CacheMemory(
             tails=min(
                 self.spill.flush_tokens * self.geometry.bytes_per_token,
                 self.spill.flush_bytes * len(self.geometry.layers),
             ),
-            activations=self.piece_tokens * self.model.activation_bytes,
+            activations=self.piece_tokens * self.model.activation_bytes * self._in_pieces,
             read_buffers=self.spill.read_buffers * BUFFER_BYTES * on_disk,
             write_buffers=WRITE_BUFFERS * BUFFER_BYTES * on_disk,
+            part_buffers=PARTS_IN_FLIGHT * MOST_READ_BYTES * on_disk,
+            decoding=EXTENT_BYTES * on_disk,
+            staging=DEVICE_BUFFERS * BUFFER_BYTES * staged,
             resident_host=self.spill.resident_bytes * on_disk,
-            resident_device=self.spill.resident_bytes_device * (on_disk and self.facts.lossless and not on_cpu),
+            resident_device=self.spill.resident_bytes_device * (on_disk and self.facts.lossless and staged),
         )
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Memory on the model's device that grows with the context, per token and row: without a disk, all keys and
+        values; in tensor mode, those of the layer that attends, as two tensors."""
+        stored = self.geometry.bytes_per_token if self.directory is None else 0
+        attending = max((layer.bytes_per_token for layer in self.geometry.layers), default=0)
+        return stored + (attending if self.mode == "tensor" else 0)
+
+    @property
+    def prompt_bytes_per_token(self) -> int:
+        """Activations of a prompt that layers take whole, per token and row; 0 where they take it in pieces."""
+        return 0 if self._in_pieces else self.model.activation_bytes
+
+    @property
+    def _in_pieces(self) -> bool:
+        """Also while the trial is to come: it is what will be, where the model takes it."""
+        return self.pieces or self.mode is None
 
     @property
     def warnings(self) -> tuple[str, ...]:
@@ -144,9 +175,10 @@ class CachePlan:
             raise ConfigurationError(f"mode='block': {self.model.name} cannot attend block by block: {verdict.reason}.")
         return self._in_tensor_mode(f"blocks do not work with this model: {verdict.reason}")
 
-    def for_trial(self) -> CachePlan:
-        """The plan of the cache with which a trial is made: in block mode, in memory, flushing all the time."""
-        verdict = BlockVerdict(blocks=True, pieces=True, reason="on trial")
+    def for_trial(self, *, pieces: bool) -> CachePlan:
+        """The plan of a cache to try a model with: in block mode, its prompts in pieces or not, in memory, flushing all
+        the time."""
+        verdict = BlockVerdict(blocks=True, pieces=pieces, reason="on trial")
         # its keys and values stay on the device that they come from: nothing is to be staged
         model = attrs.evolve(self.model, device="cpu", verdict=verdict)
         request = CacheRequest(cache_strategy="resident", dense_projection_chunk_rows=_TRIAL_PIECE_TOKENS)
@@ -190,11 +222,18 @@ class CachePlan:
                 f"{format_size(self.spill.flush_bytes)}, {self.spill.hot_tokens} stay"
             ),
         )
-        yield "prompts", f"{self.piece_tokens} tokens at once in each layer, in block mode"
+        if self._in_pieces:
+            prompts = (
+                f"{self.piece_tokens} tokens at once in each layer{', in block mode' if self.mode is None else ''}"
+            )
+        else:
+            prompts = f"whole in each layer, about {format_size(self.prompt_bytes_per_token)} for each of their tokens"
+        yield "prompts", prompts
         free = f"{format_size(self.free.host_free)} free"
         if self.free.device_type != "cpu":
             free += f" on the host and {format_size(self.free.device_free)} on {self.model.device}"
-        yield "memory", f"at most {format_size(memory.total)}, of {free}"
+        grows = f" and {format_size(self.bytes_per_token)} for each token" if self.bytes_per_token else ""
+        yield "memory", f"at most {format_size(memory.total)}{grows}, for one sequence, of {free}"
         for field in attrs.fields(CacheMemory):
             yield f"  {field.name.replace('_', ' ')}", format_size(getattr(memory, field.name))
         for warning in self.warnings:
@@ -207,7 +246,7 @@ def plan_cache(request: CacheRequest, model: ModelFacts, free: MemorySnapshot) -
 
     Raises:
         ConfigurationError: for whatever does not fit together.
-        PluginError: a spill policy answered what it must not.
+        PluginError: a spill policy failed, or answered what it must not.
     """
     names = registry()
     offer = names.get(Kind.KV_STORE, request.cache_strategy)
@@ -260,13 +299,14 @@ def _total(free: MemorySnapshot) -> int:
 
 def _ask(policy: Offer, geometry: KVGeometry, free: MemorySnapshot, budget: int | None) -> SpillPlan:
     names = registry()
-    built: SpillPolicy = names.build(policy, BuildContext(names.options(policy, {})), SpillPolicy)
-    plan = built.plan(geometry, free, budget)
+    built: SpillPolicy = names.build(policy, BuildContext(NoOptions()), SpillPolicy)
+    with names.blaming(policy, "plan()"):
+        plan = built.plan(geometry, free, budget)
     if not isinstance(plan, SpillPlan) or (
         budget is not None and plan.resident_bytes + plan.resident_bytes_device > budget
     ):
         raise PluginError(
-            f"Spill policy '{names.name_of(policy)}' answered {plan!r}: it must be a SpillPlan within the budget of "
-            f"{budget} bytes."
+            f"{policy.kind.label} '{names.name_of(policy)}': plan() answered {plan!r}: it must be a SpillPlan"
+            + ("." if budget is None else f" within the budget of {budget} bytes.")
         )
     return plan

@@ -32,5 +32,7 @@ class ModelFacts:
     geometry: KVGeometry
     activation_bytes: int
     """About what a layer takes per token of a prompt while it works."""
+    prompt_bytes: int
+    """About what is kept of every token of a prompt while a layer works through it, piece by piece."""
     verdict: BlockVerdict | None = None
     """`None` where no trial was made yet."""

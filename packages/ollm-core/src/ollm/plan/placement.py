@@ -7,9 +7,11 @@ from collections.abc import Mapping, Sequence
 import attrs
 
 from ollm.contracts.offload import OffloadPlacement, Tier
+from ollm.contracts.options import NoOptions
 from ollm.contracts.strategy import BuildContext
 from ollm.errors import ConfigurationError, PluginError
-from ollm.registry import Kind, registry
+from ollm.registry import Kind, Offer, registry
+from ollm.units import format_size
 
 DEFAULT_POLICY = "fit"
 """What places layers where nobody calls for a placement."""
@@ -58,6 +60,19 @@ class PlacementRecord(_Choice):
     streamed_bytes: int
     """Weights that every forward pass, so every generated token, reads from disk."""
 
+    def __str__(self) -> str:
+        """In a line for people; `repr` has every field."""
+        where = {"device": "where the model computes", "host": "in host memory", "disk": "read from disk"}
+        counts = [f"{count} {where[tier]}" for tier in where if (count := self.tiers.count(tier))]
+        kept = f"; in memory: {_ranges(self.layer_indices)}" if 0 < self.applied_layers < self.total_layers else ""
+        policy = self.requested_policy
+        policy += f" (here {self.resolved_policy})" if self.resolved_policy != policy else ""
+        return (
+            f"{self.total_layers} layers, placed by {policy}: {', '.join(counts) or 'none known'}{kept}. "
+            f"{format_size(self.resident_bytes)} stay in memory, {format_size(self.streamed_bytes)} are read for every "
+            "forward pass."
+        )
+
     @classmethod
     def of(
         cls, plan: PlacementPlan, layer_bytes: Sequence[int], tiers: Sequence[Tier], streamed_bytes: int
@@ -78,6 +93,17 @@ class PlacementRecord(_Choice):
         )
 
 
+def _ranges(numbers: Sequence[int]) -> str:
+    """`0, 2 to 5, 9`."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and runs[-1][-1] == number - 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ", ".join(f"{run[0]} to {run[-1]}" if len(run) > 1 else f"{run[0]}" for run in runs)
+
+
 @attrs.frozen(kw_only=True)
 class Room:
     """Memory where layers may stay, in bytes."""
@@ -93,32 +119,35 @@ def plan_placement(target: str, layers_num: int, policy: str, layer_bytes: Seque
     Raises:
         ConfigurationError: for a count that is no whole number from 0 up, and for unknown policies: the choices, or the
             command that installs them, are in the message.
-        PluginError: when the plugin answers with layers that do not exist, twice, or too many.
+        PluginError: when the plugin fails, or answers with layers that do not exist, twice, or too many.
     """
     if not isinstance(layers_num, int) or isinstance(layers_num, bool) or layers_num < 0:
         raise ConfigurationError(f"layers_num={layers_num!r}: give the number of layers to place, 0 or more.")
-    name, placement = _find(policy)
-    chosen = _ask(placement, name, layer_bytes, count=layers_num, budget=None)
+    placement = _Placement.named(policy)
+    chosen = placement.ask(layer_bytes, count=layers_num, budget=None)
     tier = Tier.DEVICE if target == "gpu" else Tier.HOST
-    return _plan(target, policy, placement.resolves_to or name, layers_num, dict.fromkeys(chosen, tier), layer_bytes)
+    return _plan(target, policy, placement.resolved, layers_num, dict.fromkeys(chosen, tier), layer_bytes)
 
 
-def plan_fit(layer_bytes: Sequence[int], rooms: Mapping[Tier, Room], *, slots: int) -> PlacementPlan:
-    """What fits, where nobody asked: the first tier of `rooms` is filled first, the next takes what it can of the rest.
+def plan_fit(layer_bytes: Sequence[int], *, device: Room, host: Room | None, slots: int) -> PlacementPlan:
+    """What fits, where nobody asked: the device is filled first, the host takes what it can of the rest.
 
     Args:
         layer_bytes: of every layer.
-        rooms: where layers may stay, by tier.
+        device: the memory of the model's device.
+        host: the host's; `None` where that is the same.
         slots: how many layers the others are read into at a time.
     """
-    name, placement = _find(DEFAULT_POLICY)
+    placement = _Placement.named(DEFAULT_POLICY)
     tiers: dict[int, Tier] = {}
-    for tier, room in rooms.items():
+    for tier, room in ((Tier.DEVICE, device), (Tier.HOST, host)):
+        if room is None:
+            continue
         left = [index for index in range(len(layer_bytes)) if index not in tiers]
         sizes = [layer_bytes[index] for index in left]
-        chosen = _ask(placement, name, sizes, count=None, budget=fit_budget(sizes, room, slots))
+        chosen = placement.ask(sizes, count=None, budget=fit_budget(sizes, room, slots))
         tiers.update((left[number], tier) for number in chosen)
-    return _plan("auto", DEFAULT_POLICY, placement.resolves_to or name, None, tiers, layer_bytes)
+    return _plan("auto", DEFAULT_POLICY, placement.resolved, None, tiers, layer_bytes)
 
 
 def fit_budget(layer_bytes: Sequence[int], room: Room, slots: int) -> int:
@@ -142,20 +171,29 @@ def _plan(
     )
 
 
-def _find(policy: str) -> tuple[str, OffloadPlacement]:
-    names = registry()
-    offer = names.get(Kind.OFFLOAD_PLACEMENT, policy)
-    placement: OffloadPlacement = names.build(offer, BuildContext(names.options(offer, {})), OffloadPlacement)
-    return names.name_of(offer), placement
+@attrs.frozen
+class _Placement:
+    """A plugin's placement, whose answers are checked."""
 
+    offer: Offer
+    built: OffloadPlacement
 
-def _ask(
-    placement: OffloadPlacement, name: str, sizes: Sequence[int], *, count: int | None, budget: int | None
-) -> tuple[int, ...]:
-    chosen = tuple(placement.place(sizes, count=count, budget=budget))
-    most = len(sizes) if count is None else count
-    if list(chosen) != sorted(set(chosen) & set(range(len(sizes)))) or len(chosen) > most:
-        raise PluginError(f"Offload placement '{name}' chose {chosen} for {most} of {len(sizes)} layers.")
-    if budget is not None and sum(sizes[index] for index in chosen) > budget:
-        raise PluginError(f"Offload placement '{name}' chose {chosen}, which take more than {budget} bytes.")
-    return chosen
+    @classmethod
+    def named(cls, policy: str) -> _Placement:
+        offer = registry().get(Kind.OFFLOAD_PLACEMENT, policy)
+        return cls(offer, registry().build(offer, BuildContext(NoOptions()), OffloadPlacement))
+
+    @property
+    def resolved(self) -> str:
+        return self.built.resolves_to or registry().name_of(self.offer)
+
+    def ask(self, sizes: Sequence[int], *, count: int | None, budget: int | None) -> tuple[int, ...]:
+        with registry().blaming(self.offer, "place()"):
+            chosen = tuple(self.built.place(sizes, count=count, budget=budget))
+        answered = f"{self.offer.kind.label} '{registry().name_of(self.offer)}' chose {chosen!r}"
+        most, real = len(sizes) if count is None else count, [index for index in chosen if type(index) is int]
+        if list(chosen) != sorted(set(real) & set(range(len(sizes)))) or len(chosen) > most:
+            raise PluginError(f"{answered}: it must be indices, ascending, for {most} of {len(sizes)} layers.")
+        if budget is not None and sum(sizes[index] for index in chosen) > budget:
+            raise PluginError(f"{answered}: these layers take more than {budget} bytes.")
+        return chosen

@@ -6,6 +6,7 @@ particular request.
 
 from __future__ import annotations
 
+import difflib
 import tomllib
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -15,7 +16,6 @@ import attrs
 
 from ollm.contracts.options import structure_field
 from ollm.errors import ConfigurationError
-from ollm.registry.discovery import DISABLE_VARIABLE
 
 T = TypeVar("T", bound=attrs.AttrsInstance)
 
@@ -23,7 +23,8 @@ FILE = "ollm.toml"
 FILE_VARIABLE = "OLLM_CONFIG"
 """Names another file than the `ollm.toml` of the working directory."""
 _PREFIX = "OLLM_"
-_OF_OTHERS = (FILE_VARIABLE, DISABLE_VARIABLE)
+_NEARLY = 0.9
+"""Of `difflib`'s ratio: a slip in a long name, such as two letters that changed places."""
 
 
 @attrs.frozen(kw_only=True)
@@ -35,6 +36,8 @@ class Source:
     """For messages; empty for arguments."""
     spelling: Callable[[str], str] = str
     """How a field is written there."""
+    shared: bool = False
+    """Whether others may have names there, too: then only what is nearly a name of ours is an error."""
 
 
 def of_arguments(values: Mapping[str, Any]) -> Source:
@@ -43,13 +46,11 @@ def of_arguments(values: Mapping[str, Any]) -> Source:
 
 
 def of_environment(environment: Mapping[str, str]) -> Source:
-    """The variables `OLLM_*`, but for those that are no part of a request."""
+    """The variables `OLLM_*`, some of which may be those of plugins."""
     values = {
-        name.removeprefix(_PREFIX).lower(): value
-        for name, value in environment.items()
-        if name.startswith(_PREFIX) and name not in _OF_OTHERS
+        name.removeprefix(_PREFIX).lower(): value for name, value in environment.items() if name.startswith(_PREFIX)
     }
-    return Source(values=values, place="environment", spelling=lambda name: _PREFIX + name.upper())
+    return Source(values=values, place="environment", spelling=lambda name: _PREFIX + name.upper(), shared=True)
 
 
 def find_file(environment: Mapping[str, str], folder: Path) -> Path | None:
@@ -78,7 +79,8 @@ def structure(record: type[T], *sources: Source) -> T:
     """A record of the values of all sources; a later source goes before an earlier one.
 
     Raises:
-        ConfigurationError: for names that the record has not, and values that do not fit; says where they are.
+        ConfigurationError: for names that the record has not (in a place that is shared, for those that nearly are
+            one of its), and values that do not fit; says where they are.
     """
     known = [field.name for field in attrs.fields(record)]
     values: dict[str, Any] = {}
@@ -86,6 +88,8 @@ def structure(record: type[T], *sources: Source) -> T:
         where = f"{source.place}: " if source.place else ""
         for name, value in source.values.items():
             if name not in known:
+                if source.shared and not difflib.get_close_matches(name, known, n=1, cutoff=_NEARLY):
+                    continue
                 raise ConfigurationError(
                     f"{where}there is no setting {source.spelling(name)!r}. Known: "
                     f"{', '.join(map(source.spelling, known))}."

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import attrs
@@ -11,8 +12,8 @@ import attrs
 from ollm.contracts.options import structure_options
 from ollm.contracts.strategy import Strategy
 from ollm.deprecations import warn_of_methods
-from ollm.errors import ConfigurationError, PluginError
-from ollm.registry.discovery import discover
+from ollm.errors import ConfigurationError, OllmError, PluginError
+from ollm.registry.discovery import DISABLE_VARIABLE, discover
 from ollm.registry.kinds import RESERVED, RESERVED_COMMANDS, Kind
 from ollm.registry.names import Names
 from ollm.registry.report import CommandOffer, Offer, PluginReport
@@ -56,8 +57,13 @@ class Registry:
         return structure_options(offer.strategy.options, values, strategy=self.name_of(offer))
 
     def build(self, offer: Offer, context: Any, contract: type) -> Any:
-        """Call the strategy's `build` and check that it returned what the contract asks for."""
-        built = offer.strategy.build(context)
+        """Call the strategy's `build` and check that it returned what the contract asks for.
+
+        Raises:
+            PluginError: it did not, or as `blaming`.
+        """
+        with self.blaming(offer, "build()"):
+            built = offer.strategy.build(context)
         if not isinstance(built, contract):
             raise PluginError(
                 f"{offer.kind.label} '{self.name_of(offer)}': build() returned {type(built).__name__}, "
@@ -65,6 +71,24 @@ class Registry:
             )
         warn_of_methods(built, f"{offer.kind.label} '{self.name_of(offer)}'")
         return built
+
+    @contextmanager
+    def blaming(self, offer: Offer, call: str) -> Iterator[None]:
+        """Within it, a plugin's own code runs.
+
+        Raises:
+            PluginError: for an error that is none of ollm's; names the strategy and `call`. Running out of memory is
+                nobody's fault, and stays what it is.
+        """
+        try:
+            yield
+        except (OllmError, MemoryError):
+            raise
+        except Exception as error:
+            raise PluginError(
+                f"{offer.kind.label} '{self.name_of(offer)}': {call} failed with {type(error).__name__}: {error}. "
+                f"Tell who made {offer.distribution}, or switch it off with {DISABLE_VARIABLE}."
+            ) from error
 
     def _names(self, kind: Kind) -> Names[Offer]:
         return Names(label=kind.label, offers=self.offers(kind), reserved=RESERVED[kind], reports=self.reports)

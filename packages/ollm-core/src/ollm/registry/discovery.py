@@ -17,6 +17,7 @@ import warnings
 from collections.abc import Iterable
 from typing import Any
 
+import attrs
 import importlib_metadata
 import pluggy
 
@@ -141,6 +142,10 @@ def _check(kind: Kind, strategy: Strategy[Any], distribution: str) -> None:
     if kind is not Kind.KV_STORE:
         if strategy.facts is not None:
             raise PluginError(f"{kind.label} '{strategy.name}': `facts` are for KV stores only")
+        if attrs.fields(strategy.options):
+            raise PluginError(
+                f"{kind.label} '{strategy.name}': `options` are for KV stores only, nobody could set them"
+            )
         return
     if strategy.facts is None:
         raise PluginError(f"KV store '{strategy.name}' has no `facts`: give it `KVFacts(lossless=...)`")

@@ -5,32 +5,42 @@ Give it to any `model.generate(past_key_values=cache)`. Made by `ollm.disk_cache
 
 from __future__ import annotations
 
-import copy
 import functools
-import logging
+import threading
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from types import TracebackType
 from typing import Any, NoReturn, Self
 
+import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from ollm.changes import Change, ChangesFor
 from ollm.errors import (
+    CacheBusyError,
     CacheClosedError,
     ConfigurationError,
     InterruptedForwardError,
     UnsupportedOperationError,
 )
 from ollm.kv.history import LayerHistory
+from ollm.kv.ids import TokenIds
 from ollm.kv.session import KVSession
 from ollm.kv.state import CacheState, KVCounters, PrefillProgress
-from ollm.seam.geometry import STORED_LAYER_TYPE, layer_types
-from ollm.seam.layers import StoredLayer, check_every_layer_has, stock_layer, why_not_croppable
-
-logger = logging.getLogger(__name__)
+from ollm.seam.geometry import layer_types
+from ollm.seam.layers import (
+    check_every_layer_has,
+    copy_of,
+    grows,
+    is_stored,
+    memory_bytes,
+    stock_layer,
+    stored_layer,
+    why_not_croppable,
+)
+from ollm.seam.passes import Pass
 
 
 class KVCache(Cache):
@@ -50,6 +60,7 @@ class KVCache(Cache):
         switch_on: Change | None = None,
         mode_reason: str = "",
         origin: KVCache | None = None,
+        changes: Sequence[Change] = (),
     ) -> None:
         """For the decoder `config`; use `ollm.disk_cache` instead of calling this.
 
@@ -59,14 +70,15 @@ class KVCache(Cache):
             spill_policy, lossless, mode_reason: for `state()`.
             switch_on: for block mode: switches the model to it and returns what undoes that, which is called when the
                 cache is closed or dropped; `None` for tensor mode.
-            origin: the cache that this one is a fork of.
+            origin: the cache that this one is a fork of, which does the same to the model.
+            changes: what else is done to the model.
         """
         self._config = config
         self._blocks: bool = origin._blocks if origin else switch_on is not None
         self.changes = ChangesFor(self)  # what is done to the model while the cache is open; a fork does the same
         self._mode_reason = mode_reason
         self.piece_tokens: int | None = None
-        """The longest piece of a prompt that a layer takes at once; `None` for all of it."""
+        """The longest piece of a prompt that a layer takes at once, tokens of all rows; `None` for all of it."""
         self.progress: Callable[[PrefillProgress], None] | None = None
         """Called after every piece of every layer of a prefill."""
         self._session = session
@@ -75,11 +87,21 @@ class KVCache(Cache):
         self._closed = False
         self.piece: tuple[int, int] | None = None
         """While a layer takes a prompt in pieces: the tokens it has taken, and those of the whole prompt."""
+        self.at_work = threading.Lock()
+        """Taken during a forward pass."""
+        self.running: Pass | None = None
+        """The forward pass that is under way, or could not be undone yet."""
+        self.passes = 0
+        """How many forward passes the cache has seen."""
+        self.new_tokens: int | None = None
+        """How many `generate`, which has just been called, is expected to pass to the model first."""
+        self._ids: TokenIds = origin._ids.fork() if origin else TokenIds()
+        self._room: dict[int, dict[tuple[str, int], Tensor]] = {}
         self._stored: dict[int, LayerHistory] = {}
         self._layer_types = layer_types(config)
         self._branch = session.join()
         for index, (kind, _) in enumerate(self._layer_types):
-            if kind == STORED_LAYER_TYPE:
+            if is_stored(kind):
                 before = origin._stored[index] if origin else None
                 history = before.fork(self._branch) if before else LayerHistory(index, session, branch=self._branch)
                 self._stored[index] = history
@@ -90,9 +112,24 @@ class KVCache(Cache):
         self._leave.atexit = False  # at exit the store goes as well
         super().__init__(layers=[self._new_layer(index) for index in range(len(self._layer_types))])
         self._attention_layers = [i for i, layer in enumerate(self.layers) if isinstance(layer, CacheLayerMixin)]
-        if not self._stored:
-            logger.warning("No layer of this model has full attention, so nothing of it goes to a store.")
-        self.changes.make(*(origin.changes.made if origin else [switch_on] if switch_on else []))
+        self.changes.make(*(origin.changes.made if origin else (*changes, *([switch_on] if switch_on else ()))))
+
+    @property
+    def token_ids(self) -> Tensor:
+        """The ids of all tokens that the cache holds, `[rows, tokens]`, int64; -1 for those that came as embeddings."""
+        rows = next((history.rows for history in self._stored.values()), len(self._ids.ids))
+        self._ids.fill(rows, self.get_seq_length(), self._ids.ids.device)
+        return self._ids.ids.clone()
+
+    @property
+    def closed(self) -> bool:
+        """Whether `close` was called."""
+        return self._closed
+
+    @property
+    def blocks(self) -> bool:
+        """Whether it is in block mode."""
+        return self._blocks
 
     @property
     def counters(self) -> KVCounters:
@@ -102,17 +139,60 @@ class KVCache(Cache):
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Add a layer's new keys and values; returns all of that layer's.
+        """Add a layer's new keys and values; returns all of that layer's. When a forward pass fails, what it added to
+        any layer is taken back.
 
         Raises:
-            InterruptedForwardError: when an earlier forward stopped half-way, so that layers differ in length.
             CacheClosedError: after `close()`.
             StorageError: when the store cannot keep or read them; this layer is then as before.
         """
-        self._check_open()
-        self._check_whole(layer_idx, key_states.shape[2])
+        self.check_open()
         keys, values = super().update(key_states, value_states, layer_idx, *args, **kwargs)
         return keys, values
+
+    def begin_pass(self) -> Pass:
+        """A forward pass begins, with `at_work` taken: what every layer holds is remembered.
+
+        Raises:
+            InterruptedForwardError: layers hold different numbers of tokens, or an earlier pass cannot be undone.
+            CacheClosedError: after `close()`.
+        """
+        self._settle()
+        self.running = Pass(self.layers, self._attention_layers, self._stored, self._ids)
+        self.running.begin(self._room)
+        return self.running
+
+    def end_pass(self, ids: Tensor | None, tokens: int | None) -> None:
+        """It was successful, and was given these ids `[rows, tokens]`, if there were any, or so many tokens.
+
+        Raises:
+            CacheNotFilledError: the layers do not have what was given.
+            CacheClosedError: it was closed meanwhile.
+        """
+        running = self.running
+        assert running is not None
+        if self._closed:
+            self.check_open()
+        running.note(ids, running.check(tokens))
+        self.passes += 1
+        self.running = None  # from here on it counts
+        running.keep()
+
+    def undo_pass(self) -> None:
+        """Make every layer what it was before the pass that is under way, or failed. Does nothing without one."""
+        running = self.running
+        if running is not None and not self._closed:
+            running.undo()
+            self._session.give_back()
+        self.running = None
+
+    def first_difference(self, ids: Tensor) -> tuple[int, int] | None:
+        """Position and row of the first of the ids `[rows, tokens]` that is not what the cache holds there; `None` if
+        there is none. With several beams per row, each is compared."""
+        rows = len(self._ids.ids)
+        if rows > len(ids) > 0 and rows % len(ids) == 0:
+            ids = ids.repeat_interleave(rows // len(ids), dim=0)
+        return self._ids.first_difference(ids) if rows == len(ids) else None
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the newest `-tokens_to_remove` tokens from every layer (transformers' sign: zero or negative).
@@ -122,7 +202,7 @@ class KVCache(Cache):
                 sliding windows that have passed.
             ConfigurationError: for a positive number, or more tokens than there are.
         """
-        self._check_open()
+        self.check_usable()
         tokens_to_remove = int(tokens_to_remove)  # assisted decoding gives a tensor, up to 5.17
         if tokens_to_remove > 0 or -tokens_to_remove > self.get_seq_length():
             raise ConfigurationError(
@@ -138,34 +218,44 @@ class KVCache(Cache):
                     f"Cannot remove {-tokens_to_remove} tokens: in layer {index} {reason}. "
                     "Call reset() and prefill the shorter text again."
                 )
+        length = self.get_seq_length() + tokens_to_remove
         super().crop(tokens_to_remove)
+        self._ids.crop(length)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every row `repeats` times, copying nothing that is stored."""
-        self._check_open()
+        self.check_usable()
         check_every_layer_has(self.layers, "batch_repeat_interleave")
         super().batch_repeat_interleave(repeats)
+        self._ids.select_rows(torch.arange(len(self._ids.ids)).repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep the rows `indices` (integers or a mask), copying nothing that is stored."""
-        self._check_open()
+        self.check_usable()
         check_every_layer_has(self.layers, "batch_select_indices")
         super().batch_select_indices(indices)
+        if self._ids.tokens:
+            self._ids.select_rows(torch.arange(len(self._ids.ids))[indices.to("cpu")])
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Make row i what row `beam_idx[i]` was, copying nothing that is stored."""
-        self._check_open()
+        self.check_usable()
         super().reorder_cache(beam_idx)
+        self._ids.select_rows(beam_idx)
 
     def reset(self) -> None:
         """Forget everything; the cache can then serve another batch.
 
         Stock layers are made anew: transformers' recurrent layers would keep the old batch's shape.
         """
-        self._check_open()
+        self.check_open()
+        self._check_idle()
         for history in self._stored.values():
-            history.crop(0)
-        self.layers[:] = [self._new_layer(index) for index in range(len(self.layers))]
+            history.close()
+        self.layers[:] = [self._new_layer(index) for index in range(len(self._layer_types))]
+        self._ids.crop(0)
+        self._room.clear()
+        self.running = None
 
     def fork(self, n: int = 1) -> KVCache:
         """A cache that goes on from here with `n` continuations of every row, `[row 0, row 0, …, row 1, …]`.
@@ -179,7 +269,7 @@ class KVCache(Cache):
             UnsupportedOperationError: transformers cannot repeat the rows of one of the layers.
             CacheClosedError: after `close()`.
         """
-        self._check_open()
+        self.check_usable()
         check_every_layer_has(self.layers, "batch_repeat_interleave")
         if not isinstance(n, int) or isinstance(n, bool) or n < 1:
             raise ConfigurationError(f"fork(n={n!r}): give the number of continuations of every row, 1 or more.")
@@ -191,13 +281,28 @@ class KVCache(Cache):
         try:
             for index, layer in enumerate(self.layers):
                 if index not in self._stored:
-                    fork.layers[index] = copy.deepcopy(layer)
+                    fork.layers[index] = copy_of(layer)
             if self.get_seq_length():
                 fork.batch_repeat_interleave(n)
         except BaseException:
             fork.close()
             raise
         return fork
+
+    def what_stays_in_memory(self) -> Iterator[str]:
+        """What a user should know of layers that are not, or not wholly, stored: a warning, or none."""
+        growing = [index for index, layer in enumerate(self.layers) if grows(layer)]
+        if growing:
+            kinds = ", ".join(sorted({self._layer_types[index][0] for index in growing}))
+            yield (
+                f"{len(growing)} of {len(self.layers)} layers ({kinds}) keep something of every token in memory, "
+                "beside what goes to the store: state().memory_bytes says how much."
+            )
+        elif not self._stored:
+            yield (
+                "No layer of this model keeps every key and value, so nothing goes to a store; what its layers keep "
+                "in memory does not grow with the context."
+            )
 
     def state(self) -> CacheState:
         """What the cache holds and did so far. Works after `close()` too, with the counters as they were.
@@ -224,6 +329,8 @@ class KVCache(Cache):
             persisted_tokens=first.table.tokens if first else 0,
             shared_tokens=first.table.shared_tokens if first else 0,
             caches=len(self._session.table.branches),
+            growing_layers=sum(map(grows, self.layers)),
+            memory_bytes=sum(map(memory_bytes, self.layers)),
             tail_tokens=first.tail.tokens if first else 0,
             tail_bytes=sum(history.tail.nbytes for history in histories),
             resident_bytes=self._session.source.resident_bytes + stats.memory_bytes,
@@ -272,38 +379,54 @@ class KVCache(Cache):
         raise UnsupportedOperationError("A KVCache owns files and cannot be pickled: make one in each process.")
 
     def _new_layer(self, index: int) -> Any:
-        if index in self._stored:
-            return StoredLayer(self._stored[index], croppable=self._lossless, blocks=self._blocks)
         kind, arguments = self._layer_types[index]
-        return stock_layer(kind, arguments)
+        if index not in self._stored:
+            return stock_layer(kind, arguments)
+        history = self._stored[index]
+        return stored_layer(kind, arguments, history, croppable=self._lossless, blocks=self._blocks)
 
     def held(self, layer_idx: int) -> AbstractContextManager[None]:
         """Keep what a layer is given in memory until the end of the `with` block; see `LayerHistory.held`."""
         history = self._stored.get(layer_idx)
         return nullcontext() if history is None else history.held()
 
-    def _check_open(self) -> None:
+    def check_usable(self) -> None:
+        """Whether the cache can be changed now. What an interrupted pass left half-way is undone first.
+
+        Raises:
+            CacheClosedError: after `close()`.
+            CacheBusyError: a forward pass is under way.
+            InterruptedForwardError: an earlier pass cannot be undone.
+        """
+        self.check_open()
+        self._check_idle()
+        self._settle()
+
+    def check_open(self) -> None:
+        """Whether the cache can be used at all.
+
+        Raises:
+            CacheClosedError: after `close()`.
+            CacheForkedError: in a forked child.
+        """
         if self._closed:
             raise CacheClosedError("This cache is closed: make a new one.")
         self._session.check_process()
 
-    def _check_whole(self, layer_idx: int, new_tokens: int) -> None:
-        """All layers advance together; where they do not, a forward was interrupted and its rest would be wrong."""
-        if layer_idx not in self._attention_layers:
-            return
-        first = self._attention_layers[0]
-        done, total = self.piece or (0, new_tokens)
-        length = self.layers[layer_idx].get_seq_length() - done
-        if layer_idx == first:
-            others = {self.layers[index].get_seq_length() for index in self._attention_layers if index != first}
-            whole = others <= {length, 0}
-        else:
-            whole = self.layers[first].get_seq_length() == length + total
-        if not whole:
+    def _check_idle(self) -> None:
+        if self.at_work.locked():
+            raise CacheBusyError("A forward pass with this cache is under way: it can be changed before or after it.")
+
+    def _settle(self) -> None:
+        """Undo the pass that is not under way any more and was neither kept nor undone: its undoing was interrupted."""
+        self.check_open()
+        try:
+            self.undo_pass()
+        except Exception as error:
             raise InterruptedForwardError(
-                "An earlier forward pass stopped half-way (an error, or Ctrl-C), so the layers of this cache hold "
-                "different numbers of tokens. Call cache.reset() and start again."
-            )
+                f"An earlier forward pass stopped half-way and cannot be undone ({error}). Call cache.reset() and "
+                "start again."
+            ) from error
 
 
 def _close_all(histories: Sequence[LayerHistory]) -> None:

@@ -8,10 +8,8 @@ import torch
 from transformers.cache_utils import get_layer_types_and_kwargs
 
 from ollm.contracts.spill import KVGeometry, LayerGeometry
-from ollm.errors import ConfigurationError
-
-STORED_LAYER_TYPE = "full_attention"
-"""The only layer type whose keys and values grow without bound, and so the only one that goes to a store."""
+from ollm.errors import ConfigurationError, brief
+from ollm.seam.layers import is_stored
 
 
 def decoder_config(model: Any) -> Any:
@@ -45,7 +43,7 @@ def layer_types(config: Any) -> list[tuple[str, dict[str, Any]]]:
         types, arguments = get_layer_types_and_kwargs(config)
     except (AttributeError, LookupError, TypeError, ValueError) as error:
         raise ConfigurationError(
-            f"transformers cannot tell from this {type(config).__name__} what its layers keep: {error}"
+            f"transformers cannot tell from this {type(config).__name__} what its layers keep: {brief(error)}"
         ) from error
     if isinstance(arguments, dict):  # up to 5.17 one dict serves all layers, whose classes ignore what is not theirs
         arguments = [arguments] * len(types)
@@ -53,8 +51,8 @@ def layer_types(config: Any) -> list[tuple[str, dict[str, Any]]]:
 
 
 def kv_geometry(config: Any, dtype: torch.dtype) -> KVGeometry:
-    """Expected shapes of the layers whose keys and values go to a store: those with full attention. For planning: what
-    a model really appends decides.
+    """Expected shapes of the layers whose keys and values go to a store: those that attend to every token. For
+    planning: what a model really appends decides.
 
     Args:
         config: transformers' config of a decoder, without parts for images or sound.
@@ -68,7 +66,7 @@ def kv_geometry(config: Any, dtype: torch.dtype) -> KVGeometry:
         tuple(
             _layer_geometry(_of_layer(config, index), index, dtype)
             for index, kind in enumerate(kinds)
-            if kind == STORED_LAYER_TYPE
+            if is_stored(kind)
         )
     )
 
@@ -80,14 +78,14 @@ def largest(config: Any, name: str) -> int | None:
         ConfigurationError: it is no number.
     """
     layers = list(config.per_layer_config) if getattr(config, "is_heterogeneous", False) else [config]
-    return max((_size(layer, name) or 0 for layer in layers), default=0) or None
+    return max((size or 0 for layer in layers for size in _sizes(layer, name)), default=0) or None
 
 
 def _layer_geometry(config: Any, index: int, dtype: torch.dtype) -> LayerGeometry:
-    query_heads = _size(config, "num_attention_heads") or 1  # models without attention have none
-    heads = _size(config, "num_key_value_heads") or query_heads
-    key_size = _size(config, "head_dim") or (_size(config, "hidden_size") or 0) // query_heads
-    value_size = _size(config, "v_head_dim") or key_size
+    query_heads = _size(config, "num_attention_heads", index) or 1  # models without attention have none
+    heads = _size(config, "num_key_value_heads", index) or query_heads
+    key_size = _size(config, "head_dim", index) or (_size(config, "hidden_size", index) or 0) // query_heads
+    value_size = _size(config, "v_head_dim", index) or key_size
     return LayerGeometry(index, heads, key_size, value_size, dtype.itemsize)
 
 
@@ -96,11 +94,19 @@ def _of_layer(config: Any, index: int) -> Any:
     return config.per_layer_config[index] if getattr(config, "is_heterogeneous", False) else config
 
 
-def _size(config: Any, name: str) -> int | None:
+def _size(config: Any, name: str, index: int) -> int | None:
+    """Of one layer, where a config lists them."""
+    sizes = _sizes(config, name)
+    return sizes[index] if index < len(sizes) else sizes[0]
+
+
+def _sizes(config: Any, name: str) -> list[int | None]:
+    """One for all layers, or one for each."""
     value = getattr(config, name, None)
-    if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
+    sizes: list[Any] = list(value) if isinstance(value, (list, tuple)) and value else [value]
+    if any(size is not None and (not isinstance(size, int) or isinstance(size, bool)) for size in sizes):
         raise ConfigurationError(
-            f"{type(config).__name__}.{name} is {value!r}; one whole number is needed to tell how much memory keys and "
-            "values take. If its layers differ, say so with per_layer_config, as transformers does."
+            f"{type(config).__name__}.{name} is {value!r}; whole numbers are needed to tell how much memory keys and "
+            "values take, one for all layers or one for each."
         )
-    return value
+    return sizes

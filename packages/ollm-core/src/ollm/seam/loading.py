@@ -7,44 +7,102 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 
-from ollm.errors import MissingExtraError, ModelDirectoryError, OllmError
-from ollm.io.ledger import ledger
-from ollm.seam.names import CannotStreamError
-from ollm.seam.skeleton import FindLayers, build_streamed
+from ollm.errors import ModelDirectoryError
+from ollm.seam import sizes
+from ollm.seam.refusing import refusing
+from ollm.seam.skeleton import FindParts, build
+from ollm.weights.checkpoint import Checkpoint
+from ollm.weights.shards import brief
 from ollm.weights.streamer import WeightStreamer
 
 logger = logging.getLogger("ollm")
-
-_ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 
 def load_config(path: Path) -> Any:
     """The config of a model directory.
 
     Raises:
-        ModelDirectoryError: for a model type that this transformers does not have, or that needs remote code.
+        ModelDirectoryError: for a model type that this transformers does not have, or that needs remote code; for a
+            config that it does not accept.
     """
-    try:
-        return AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
+    with refusing(
+        f"transformers cannot read {path / 'config.json'} (ollm runs no code from model directories; a model that is "
+        "newer than the installed transformers needs a newer one)"
+    ):
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
+        sizes.check_has_layers(config)
+        return config
+
+
+def load_tokenizer(path: Path, config: Any = None) -> Any:
+    """The tokenizer of a directory.
+
+    Args:
+        path: the directory.
+        config: of the model that it is for, where that is another directory's.
+
+    Raises:
+        ModelDirectoryError: it cannot be loaded.
+    """
+    with refusing(f"transformers cannot load the tokenizer in {path}"):
+        more = {} if config is None else {"config": config}
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=False, local_files_only=True, **more)
+
+
+def check_vocabulary(tokenizer: Any, model: Any, path: Path) -> None:
+    """Check that every word of the vocabulary has an embedding: any text may hold it. Tokens that were added beside the
+    vocabulary and have none occur only if somebody writes them, as the image token of text models of the Gemma family:
+    these are logged.
+
+    Raises:
+        ModelDirectoryError: names a word and its number.
+    """
+    embeddings = model.get_input_embeddings()
+    rows = getattr(getattr(embeddings, "weight", None), "shape", [0])[0]
+    if not rows:
+        return
+    with refusing(f"The tokenizer in {path} does not say its vocabulary"):
+        added = set(tokenizer.get_added_vocab())
+        beyond = {word: number for word, number in tokenizer.get_vocab().items() if number >= rows}
+        begins = {token for token in (tokenizer.bos_token, tokenizer.unk_token) if token is not None}
+    wrong = sorted((number, word) for word, number in beyond.items() if word not in added or word in begins)
+    if wrong:
+        number, word = wrong[0]
         raise ModelDirectoryError(
-            f"transformers cannot read {path / 'config.json'}: {error} (ollm runs no code from model directories.)"
-        ) from error
+            f"The tokenizer in {path} gives {brief(word)} the number {number}, and the model has {rows} embeddings: "
+            "they do not belong together. Get the tokenizer that the model was trained with."
+        )
+    if beyond:
+        logger.warning("%s: tokens without an embedding, which no text may hold: %s", path, brief(sorted(beyond)))
 
 
-def load_tokenizer(path: Path) -> Any:
-    """The tokenizer of a model directory."""
-    try:
-        return AutoTokenizer.from_pretrained(path, trust_remote_code=False, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelDirectoryError(f"transformers cannot load the tokenizer in {path}: {error}") from error
+def open_checkpoint(path: Path, chosen: str | None, config: dict[str, Any]) -> Checkpoint:
+    """The headers of a checked directory's weights, which its config does not contradict.
+
+    Args:
+        path: the directory.
+        chosen: the file that the config names, if it does.
+        config: as `config.json` says it.
+
+    Raises:
+        ModelDirectoryError: names the file and what is wrong.
+    """
+    checkpoint = Checkpoint.open(path, chosen)
+    sizes.check_numbers(config, checkpoint)
+    return checkpoint
 
 
 def load_model(
-    path: Path, *, config: Any, find_layers: FindLayers, device: torch.device, dtype: torch.dtype | None
+    path: Path,
+    *,
+    config: Any,
+    checkpoint: Checkpoint,
+    find_parts: FindParts,
+    device: torch.device,
+    dtype: torch.dtype | None,
+    whole: str = "",
 ) -> tuple[Any, WeightStreamer | None]:
     """The causal model of a directory, on `device`, ready for inference, and what streams its decoder layers.
 
@@ -53,9 +111,11 @@ def load_model(
     Args:
         path: a checked model directory.
         config: what `load_config` made of it.
-        find_layers: the decoder layers of a built model, in order.
+        checkpoint: what `open_checkpoint` found in it.
+        find_parts: the decoder layers of a built model.
         device: where the model computes.
         dtype: `None` for the checkpoint's own.
+        whole: why it is to be loaded whole in any case.
 
     Raises:
         ModelDirectoryError: for damaged files, and for weights that are missing or of the wrong shape: stock loading
@@ -69,48 +129,7 @@ def load_model(
         "local_files_only": True,
         "output_loading_info": True,
     }
-    streamer = None
-    try:
-        try:
-            model, report, streamer = build_streamed(path, config, find_layers, device, settings)
-        except CannotStreamError as reason:
-            logger.info("%s is loaded whole, its layers cannot be streamed: %s", path, reason)
-            _check_fits(path, reason)
-            model, report = AutoModelForCausalLM.from_pretrained(path, **settings)
-            model = model.to(device)
-    except OllmError:
-        raise
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise ModelDirectoryError(f"transformers cannot load the weights in {path}: {error}") from error
-    wrong = sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]]))
-    if wrong:
-        raise ModelDirectoryError(
-            f"The checkpoint in {path} lacks {len(wrong)} of the model's weights, or has them in another shape: "
-            f"{', '.join(wrong[:4])}{' …' if len(wrong) > 4 else ''}. Download it again."
-        )
-    return model.eval(), streamer
-
-
-def _check_fits(path: Path, reason: Exception) -> None:
-    needed = sum(file.stat().st_size for file in path.glob("*.safetensors"))
-    ledger.check(f"The weights in {path}, which cannot be streamed ({reason}),", needed, torch.device("cpu"))
-
-
-def apply_adapter(model: Any, adapter_dir: Path) -> Any:
-    """The model with a PEFT LoRA checkpoint applied. Optimizer states and other files beside it are ignored.
-
-    Raises:
-        MissingExtraError: when peft is not installed.
-        ModelDirectoryError: when the checkpoint is incomplete or does not fit the model.
-    """
-    missing = [name for name in _ADAPTER_FILES if not (adapter_dir / name).is_file()]
-    if missing:
-        raise ModelDirectoryError(f"adapter_dir {adapter_dir} is not a PEFT checkpoint, missing: {', '.join(missing)}.")
-    try:
-        from peft import PeftModel
-    except ImportError:
-        raise MissingExtraError("adapter_dir needs PEFT: pip install 'ollm-core[peft]'.") from None
-    try:
-        return PeftModel.from_pretrained(model, adapter_dir, is_trainable=False).eval()
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise ModelDirectoryError(f"The adapter in {adapter_dir} does not fit this model: {error}") from error
+    with refusing(f"transformers cannot load the weights in {path}"):
+        model, report, streamer = build(path, config, checkpoint, find_parts, device, whole, settings)
+        sizes.refuse_wrong(path, sorted(report["missing_keys"]), sorted(report["mismatched_keys"]))
+        return model.eval(), streamer

@@ -41,6 +41,7 @@ def parameters_of(
 
     Raises:
         CannotStreamError: for a conversion that is more than putting tensors together.
+        ModelDirectoryError: one of these tensors is damaged.
     """
     renamings = [entry for entry in transforms if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in transforms if isinstance(entry, WeightConverter)]
@@ -55,6 +56,7 @@ def parameters_of(
         if renamed not in expected and name in expected:
             renamed, pattern = rename_source_key(name, [], [], prefix, expected)
         if renamed in expected:
+            tensors[name].check()
             found[renamed].append((pattern, tensors[name]))
         elif pattern is not None and len(by_pattern[pattern].target_patterns) > 1:
             raise CannotStreamError(f"{name} is converted into several weights")

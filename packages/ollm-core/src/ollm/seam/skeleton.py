@@ -1,11 +1,14 @@
 """A model without the weights of its decoder layers: transformers builds it, ollm reads what is read.
 
 `from_pretrained` decides on everything but the reading: dtype, buffers, tied weights, generation config and what is
-missing are its own. Its step that reads is exchanged, on a subclass that exists for this one call.
+missing are its own. Its step that reads is exchanged, on a subclass that exists for this one call. It begins with
+holding the model that was built against the headers; where layers cannot be streamed, it ends with transformers' own.
 """
 
 from __future__ import annotations
 
+import functools
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +20,11 @@ from transformers.core_model_loading import build_glob_alternation
 from transformers.models.auto.auto_factory import _get_model_class
 from transformers.utils.loading_report import LoadStateDictInfo
 
-from ollm.errors import OllmError
+from ollm.contracts.models import ModelParts
+from ollm.errors import ModelDirectoryError, OllmError
+from ollm.io.ledger import ledger
+from ollm.seam import sizes
+from ollm.seam.guards import guard
 from ollm.seam.names import CannotStreamError, merged_shape, parameters_of
 from ollm.weights.binding import LayerWeights, Owner
 from ollm.weights.checkpoint import Checkpoint
@@ -25,102 +32,177 @@ from ollm.weights.layout import Parameter
 from ollm.weights.memory import read_apart
 from ollm.weights.streamer import WeightStreamer
 
-FindLayers = Callable[[nn.Module], Sequence[nn.Module]]
+logger = logging.getLogger("ollm")
+
+FindParts = Callable[[nn.Module], ModelParts]
 
 
-def build_streamed(
-    path: Path, config: Any, find_layers: FindLayers, device: torch.device, settings: Mapping[str, Any]
-) -> tuple[Any, dict[str, Any], WeightStreamer]:
-    """The model of a checked directory, what transformers reports of its weights, and what streams its layers.
+def build(
+    path: Path,
+    config: Any,
+    checkpoint: Checkpoint,
+    find_parts: FindParts,
+    device: torch.device,
+    whole: str,
+    settings: Mapping[str, Any],
+) -> tuple[Any, dict[str, Any], WeightStreamer | None]:
+    """The model of a checked directory on its device, what transformers reports of its weights, and what streams its
+    layers; `None` where it was loaded whole.
 
     Args:
         path, config: the directory and what `load_config` made of it.
-        find_layers: the decoder layers of a built model, in order.
-        device: a CPU or a CUDA device.
+        checkpoint: what is in its files.
+        find_parts: the decoder layers of a built model.
+        device: where it computes.
+        whole: why its layers are not to be streamed; empty if they may be.
         settings: for `from_pretrained`.
 
     Raises:
-        CannotStreamError: the model has to be loaded by transformers alone.
-        ModelDirectoryError: for damaged files.
-        MemoryLimitError: what does not belong to a layer does not fit.
+        ModelDirectoryError: config and files do not belong together, or a file is damaged.
+        MemoryLimitError: what does not belong to a layer does not fit, or the whole model where it is loaded whole.
     """
-    if getattr(config, "quantization_config", None) is not None:
-        raise CannotStreamError("its weights are quantised")
-    if (path / "adapter_config.json").exists():
-        raise CannotStreamError("its directory holds an adapter")
-    if device.type not in ("cpu", "cuda"):
-        raise CannotStreamError(f"the device is {device}")
     if type(config) not in AutoModelForCausalLM._model_mapping:
-        raise CannotStreamError("it has no causal model")
+        raise ModelDirectoryError(f"{path} holds a {type(config).__name__}, of which transformers has no causal model.")
     model_class = _get_model_class(config, AutoModelForCausalLM._model_mapping)
-    step = _ReadingStep(Checkpoint.open(path), find_layers, device)
+    stock = model_class._load_pretrained_model
+    step = _ReadingStep(path, checkpoint, find_parts, device, whole or _why_whole(config, device), stock)
     # transformers looks classes up by name
     body = {
         "__module__": model_class.__module__,
         "__qualname__": model_class.__qualname__,
         "_load_pretrained_model": staticmethod(step),
+        # an adapter beside the weights is applied as any other, and then
+        "load_adapter": lambda *_, **__: step.report,
     }
     one_off: Any = type(model_class.__name__, (model_class,), body)
-    model, report = one_off.from_pretrained(path, config=config, **settings)
+    with sizes.no_more_modules_than_tensors(checkpoint):
+        model, report = one_off.from_pretrained(path, config=config, **settings)
     model.__class__ = model_class
+    if step.streamed is None:
+        return _to(model, device), report, None
     _move_buffers(model, device)
-    return model, report, WeightStreamer(step.decoder, step.layers, step.checkpoint, device, path)
+    decoder, layers = step.streamed
+    streamer = WeightStreamer(decoder, layers, checkpoint, device, path)
+    guard((model, decoder), streamer)
+    return model, report, streamer
+
+
+def _why_whole(config: Any, device: torch.device) -> str:
+    if getattr(config, "quantization_config", None) is not None:
+        return "its weights are quantised"
+    if type(config).extra_files:
+        return "some of its weights are in files of other names"
+    return "" if device.type in ("cpu", "cuda") else f"the device is {device}"
+
+
+def _to(model: Any, device: torch.device) -> Any:
+    needed = sum(weight.nbytes for weight in model.parameters() if weight.device != device)
+    if needed:
+        ledger.check("The weights, which cannot be streamed,", needed, device)
+        model.to(device)
+    return model
 
 
 class _ReadingStep:
     """Stands in for `PreTrainedModel._load_pretrained_model`: reads what belongs to no decoder layer."""
 
-    def __init__(self, checkpoint: Checkpoint, find_layers: FindLayers, device: torch.device) -> None:
-        self.checkpoint = checkpoint
-        self.decoder: nn.Module
-        self.layers: list[LayerWeights]
-        self._find_layers = find_layers
+    def __init__(
+        self,
+        path: Path,
+        checkpoint: Checkpoint,
+        find_parts: FindParts,
+        device: torch.device,
+        whole: str,
+        stock: Callable[..., tuple[LoadStateDictInfo, Any]],
+    ) -> None:
+        self.streamed: tuple[nn.Module, list[LayerWeights]] | None = None
+        """The module that calls the decoder layers, and their weights."""
+        self.report: LoadStateDictInfo
+        self._path = path
+        self._checkpoint = checkpoint
+        self._find_parts = find_parts
         self._device = device
+        self._whole = whole
+        self._stock = stock
 
     def __call__(
         self, model: Any, state_dict: Any, checkpoint_files: Any, load_config: Any, expected_keys: Any = None
-    ) -> tuple[LoadStateDictInfo, None]:
-        transforms = load_config.weight_mapping or []
+    ) -> tuple[LoadStateDictInfo, Any]:
+        sizes.check_buffers(model, self._checkpoint)
+        layers = self._layers(model)
+        dtype_of = functools.partial(_dtype, load_config.dtype_plan or {})
+        offload_index = None
+        try:
+            if self._whole:
+                raise CannotStreamError(self._whole)
+            self.report = self._read(model, layers, load_config.weight_mapping or [], dtype_of)
+        except CannotStreamError as reason:
+            logger.info("%s is loaded whole, its layers cannot be streamed: %s", self._path, reason)
+            sizes.check_memory(model, dtype_of, self._checkpoint, str(reason))
+            self.report, offload_index = self._stock(model, state_dict, checkpoint_files, load_config, expected_keys)
+        return self.report, offload_index
+
+    def _read(self, model: Any, layers: Sequence[nn.Module] | str, transforms: Any, dtype_of: Any) -> LoadStateDictInfo:
         expected = model.state_dict(keep_vars=True)
-        found = parameters_of(model, transforms, self.checkpoint.tensors)
-        plan = load_config.dtype_plan or {}
+        found = parameters_of(model, transforms, self._checkpoint.tensors)
         ready: dict[str, Parameter] = {}
-        mismatched = set()
+        mismatched = []
         for name, sources in found.items():
             shape, wanted = merged_shape(sources, expected[name].shape), tuple(expected[name].shape)
             if shape != wanted:
-                mismatched.add((name, shape, wanted))
+                mismatched.append((name, shape, wanted))
             else:
-                ready[name] = Parameter(name, _dtype(name, expected[name], plan), wanted, sources)
-        self.layers, streamed = _layer_weights(model, self._decoder_layers(model), ready)
+                ready[name] = Parameter(name, dtype_of(name, expected[name]), wanted, sources)
+        missing = sizes.missing_weights(model, expected, found)
+        sizes.refuse_wrong(self._path, missing, mismatched, self._index_says(missing))
+        if isinstance(layers, str):
+            raise CannotStreamError(layers)
+        decoder = _decoder_of(model, layers)
+        weights, streamed = _layer_weights(model, layers, ready)
         others = [parameter for name, parameter in ready.items() if name not in streamed]
         for parameter, tensor in read_apart(others, self._device):
             _set(model, parameter.name, tensor)
         model._weight_conversions = [entry for entry in transforms if entry.was_used()]
+        self.streamed = decoder, weights
         return LoadStateDictInfo(
             missing_keys=set(expected) - set(found) - streamed,
             unexpected_keys=set(),
-            mismatched_keys=mismatched,
+            mismatched_keys=set(),
             error_msgs=[],
             conversion_errors={},
             skipped_pp_keys=set(),
-        ), None
+        )
 
-    def _decoder_layers(self, model: nn.Module) -> Sequence[nn.Module]:
+    def _layers(self, model: Any) -> Sequence[nn.Module] | str:
+        """The decoder layers, as many as the checkpoint has, or why nobody knows them."""
         try:
-            layers = self._find_layers(model)
+            parts = self._find_parts(model)
         except OllmError as error:
-            raise CannotStreamError(str(error)) from error
-        ours = {id(layer) for layer in layers}
-        holders = [
-            parent
-            for parent in model.modules()
-            if any({id(layer) for layer in child.children()} >= ours for child in parent.children())
-        ]
-        if not ours or not holders:
-            raise CannotStreamError("its decoder layers are not in one list")
-        self.decoder = holders[-1]
-        return layers
+            return str(error)
+        sizes.check_layers(parts.key_prefix, len(parts.layers), model, model.config, self._checkpoint)
+        return parts.layers
+
+    def _index_says(self, missing: Sequence[str]) -> str:
+        names = self._checkpoint.names
+        for name in missing:
+            if name in names.weight_map:
+                return (
+                    f" {names.index} says that {name} is in {names.weight_map[name]}: that file was swapped, or is of "
+                    "another version."
+                )
+        return ""
+
+
+def _decoder_of(model: nn.Module, layers: Sequence[nn.Module]) -> nn.Module:
+    ours = {id(layer) for layer in layers}
+    holders = [
+        parent
+        for parent in model.modules()
+        if any({id(layer) for layer in child.children()} >= ours for child in parent.children())
+    ]
+    if not ours or not holders:
+        raise CannotStreamError("its decoder layers are not in one list")
+    return holders[-1]
 
 
 def _layer_weights(
@@ -156,7 +238,7 @@ def _layer_weights(
     return weights, streamed
 
 
-def _dtype(name: str, expected: Tensor, plan: Mapping[str, torch.dtype]) -> torch.dtype:
+def _dtype(plan: Mapping[str, torch.dtype], name: str, expected: Tensor) -> torch.dtype:
     """The dtype that transformers loads a weight in: some stay in fp32 whatever the model is."""
     if plan:
         pattern, by_group, _ = build_glob_alternation(list(plan))

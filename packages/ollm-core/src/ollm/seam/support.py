@@ -1,7 +1,7 @@
 """Whether a model takes a cache at all: what transformers says of it, asked before anything is made.
 
 Most do. Some keep a state of their own in its place, some keep nothing and compute each text anew, and `generate` says
-so in many ways, or not at all. Knows models, not caches; nothing is decided by a list of names of ours.
+so in many ways, or not at all. Knows models, not caches; no model is decided on by a name.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from ollm.errors import ConfigurationError
 from ollm.seam.geometry import decoder_config, without_adapter
 
 _CACHE = "past_key_values"
+_CACHES_OF_PEFT = ("PREFIX_TUNING", "CARTRIDGE")
+"""What PEFT calls those of its methods that put something into a cache, which they make."""
 
 
 def check_takes_cache(model: Any) -> None:
@@ -25,11 +27,18 @@ def check_takes_cache(model: Any) -> None:
     """
     decoder_config(model)
     base = without_adapter(model)
-    reason = _why_no_cache(base)
+    reason = _brings_a_cache(model) or _why_no_cache(base)
     if reason:
         raise ConfigurationError(
             f"{type(base).__name__} takes no cache for keys and values: {reason}. Call its generate() without {_CACHE}."
         )
+
+
+def _brings_a_cache(model: Any) -> str:
+    """Why a PEFT model uses no cache but its own; empty if it uses ours, or is none."""
+    kind = getattr(getattr(model, "active_peft_config", None), "peft_type", None)
+    name = str(getattr(kind, "value", kind))
+    return f"its adapter ({name}) is a cache of its own" if name in _CACHES_OF_PEFT else ""
 
 
 def _why_no_cache(model: Any) -> str:

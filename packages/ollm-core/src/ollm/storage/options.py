@@ -1,4 +1,5 @@
-"""Options that every store on the storage helper shares; a store's own options class may inherit them."""
+"""Options that every store on the storage helper shares, which a store's own options class may inherit; and how large
+reads and writes are, and how many there may be at a time."""
 
 from __future__ import annotations
 
@@ -12,6 +13,12 @@ WRITE_BUFFERS = 4
 """How many records may wait to be written, where a store does not say otherwise."""
 BUFFER_BYTES = EXTENT_BYTES + 2**16
 """One read or one write: an extent of up to 8 MiB with its header."""
+PARTS_IN_FLIGHT = 32
+"""Reads of parts of extents at a time; see `benchmarks/results`, small-reads."""
+MOST_READ_BYTES = 256 * 2**10
+"""Of pieces of an extent that are read together: larger ones are no faster there."""
+DEVICE_BUFFERS = 3
+"""Staging buffers on an accelerator: one is being computed with, one is filled, one waits."""
 
 VERIFY_CHOICES = ("always", "first", "never")
 
@@ -32,7 +39,8 @@ class StorageOptions:
 
     verify: str = option(
         "first",
-        help="Check payload hashes: on every read (always), on the first read of a record (first), or never.",
+        help="Check payload hashes: on every read (always), on the first read of a whole record and on every read of "
+        "parts of one (first), or never.",
         validator=_verify_choice,
         changes_format=False,
     )

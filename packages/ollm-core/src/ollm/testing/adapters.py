@@ -6,7 +6,6 @@ from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
 
 from ollm.contracts.models import ModelAdapter
 
@@ -57,5 +56,7 @@ class ModelAdapterTests(ABC):
         assert len(keys) >= len(list(parts.layers)), f"weights whose names begin with {parts.key_prefix!r}"
 
     def _model(self) -> Any:
+        from transformers import AutoModelForCausalLM
+
         with torch.device("meta"):  # no memory
             return AutoModelForCausalLM.from_config(self.config())

@@ -116,6 +116,14 @@ def assert_same(ours: Tensor, theirs: Tensor, tolerance: float, what: object = "
     assert same, f"{what}: {int((_bits(ours) != _bits(theirs)).sum())} of {theirs.nbytes} bytes differ"
 
 
+def _is_same(ours: Tensor, theirs: Tensor, tolerance: float) -> bool:
+    try:
+        assert_same(ours, theirs, tolerance)
+    except AssertionError:
+        return False
+    return True
+
+
 def assert_reads(store: KVStore, extent: Extent, block: KVBlock, tolerance: float, what: str = "") -> None:
     """The store gives this for an extent: all tokens that were written, however few of them are visible."""
     __tracebackhide__ = True
@@ -125,10 +133,9 @@ def assert_reads(store: KVStore, extent: Extent, block: KVBlock, tolerance: floa
 def assert_equal(ours: KVBlock, theirs: KVBlock, tolerance: float, what: str) -> None:
     """Keys as keys, and values as values. `what` has a place for which of the two."""
     __tracebackhide__ = True
-    alike = ours.keys.shape == theirs.values.shape and ours.values.shape == theirs.keys.shape
-    if alike and torch.equal(_bits(ours.keys), _bits(theirs.values)) and ours.keys.numel():
-        same = torch.equal(_bits(ours.keys), _bits(theirs.keys))
-        assert same, f"{what.format('keys')} are what its values should be"
+    swapped = _is_same(ours.keys, theirs.values, tolerance) and _is_same(ours.values, theirs.keys, tolerance)
+    if swapped and not _is_same(ours.keys, theirs.keys, tolerance):
+        raise AssertionError(f"{what.format('keys')} are what its values should be, and the values its keys: swapped")
     for name in ("keys", "values"):
         assert_same(getattr(ours, name), getattr(theirs, name), tolerance, what.format(name))
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 
 import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 import torch
@@ -18,17 +19,19 @@ from ollm.contracts.kv import KVStore
 from ollm.contracts.options import NoOptions
 from ollm.contracts.spill import KVGeometry, LayerGeometry
 from ollm.contracts.strategy import KVBuildContext
-from ollm.errors import UnsupportedOperationError
+from ollm.errors import OllmError, UnsupportedOperationError
 from ollm.storage.folder import CacheFolder
 from ollm.storage.kept import KeptLayer
 from ollm.storage.options import WRITE_BUFFERS, StorageOptions
 from ollm.storage.segments import SegmentedStorage
-from ollm.testing.blocks import assert_holds, random_block
+from ollm.testing.blocks import assert_equal, assert_holds, random_block, read_extent
 from ollm.units import ByteSize
 
 DIRECTORY = "kv_cache_under_test"
 GEOMETRY = KVGeometry(tuple(LayerGeometry(layer, kv_heads=3, key_size=8, value_size=8, itemsize=4) for layer in (0, 1)))
 _USUAL_TOKENS = 64
+
+T = TypeVar("T")
 
 
 def store_context(
@@ -68,6 +71,38 @@ def depth(times: int) -> int:
     """How often something is tried: so many times where Hypothesis tries 100 examples, its default, and with another
     profile in proportion. At least once."""
     return max(times * settings().max_examples // 100, 1)
+
+
+def some(places: Sequence[T], times: int) -> Sequence[T]:
+    """About `depth(times)` of all places, evenly and the same ones every time. They are an odd number of places apart,
+    so that all bits of a byte and all bytes of a block come up."""
+    return places[:: max(len(places) // depth(times), 1) | 1]
+
+
+def flip(path: Path, place: int) -> None:
+    """Change one bit of the byte at a place of a file. Doing so twice changes nothing."""
+    with path.open("r+b") as file:
+        file.seek(place)
+        (byte,) = file.read(1)
+        file.seek(place)
+        file.write(bytes([byte ^ 0x10]))
+
+
+@contextmanager
+def typed(what: str) -> Iterator[None]:
+    """Only assertions, and errors that users can handle, get out."""
+    try:
+        yield
+    except (AssertionError, OllmError):
+        raise
+    except Exception as error:
+        raise untyped(what, error) from error
+
+
+def untyped(what: str, error: Exception) -> AssertionError:
+    """Says of an error of a store that no user could handle it."""
+    cure = "raise StorageError, CorruptDataError or another error of ollm.plugin"
+    return AssertionError(f"{what}: {type(error).__name__} ({error}); {cure}")
 
 
 def flush_writes(store: KVStore) -> None:
@@ -163,6 +198,21 @@ class StoreCase(ABC):
         """The store gives back these blocks."""
         __tracebackhide__ = True
         assert_holds(store, extents, blocks, self.tolerance)
+
+    def right_or_refused(self, store: KVStore, table: Mapping[Extent, KVBlock], what: str) -> int:
+        """Each extent gives what was written, or a typed error; how many errors came. `what` was done to the files."""
+        __tracebackhide__ = True
+        errors = 0
+        for extent, block in table.items():
+            try:
+                ours = read_extent(store, extent)
+            except OllmError:
+                errors += 1
+                continue
+            except Exception as error:
+                raise untyped(f"{what}, while reading {extent}", error) from error
+            assert_equal(ours, block, self.tolerance, f"{what}: other {{}} of {extent}, and no error")
+        return errors
 
     @staticmethod
     def block(store: KVStore, tokens: int, **more: Any) -> KVBlock:

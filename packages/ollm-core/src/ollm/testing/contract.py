@@ -13,7 +13,7 @@ from ollm.contracts.blocks import BlockKey, KVBlock
 from ollm.contracts.kv import KVStore
 from ollm.errors import OllmError, StoreContractError
 from ollm.testing.blocks import assert_equal, assert_reads, read_extent, read_raw, scaled, write_blocks
-from ollm.testing.case import StoreCase
+from ollm.testing.case import StoreCase, flush_writes
 
 _DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
 _GEOMETRIES: list[tuple[int, int, int, int]] = [(1, 1, 2, 2), (3, 2, 8, 6), (2, 3, 4, 8), (1, 4, 512, 64)]
@@ -90,6 +90,20 @@ class ContractTests(StoreCase):
             extents[keep:] = write_blocks(store, new, start=extents[keep].start)
             blocks[keep:] = new
             self.holds(store, extents, blocks)
+
+    def test_a_text_that_was_dropped_whole_is_followed_by_another(self, store: KVStore) -> None:
+        """As after a crop to nothing, or a reset: all is freed, at once or bit by bit, and others begin at the first
+        position again. A store that tidies up when it is empty goes on all the same."""
+        for seed, at_once in enumerate((True, False, True)):
+            blocks = {layer: self.blocks(store, 3, 4 + seed, seed=10 * seed + layer) for layer in (0, 1)}
+            extents = {layer: write_blocks(store, blocks[layer], layer=layer) for layer in (0, 1)}
+            flush_writes(store)
+            self.holds(store, [*extents[0], *extents[1]], [*blocks[0], *blocks[1]])
+            locations = [extent.location for extent in [*extents[0], *extents[1]]]
+            for freed in [locations] if at_once else [[location] for location in reversed(locations)]:
+                store.free(freed)
+        last = self.blocks(store, 2, 5, seed=99)
+        self.holds(store, write_blocks(store, last), last)
 
     def test_dropped_bytes_stay_until_they_are_freed(self, store: KVStore) -> None:
         """A reader may still hold what was dropped, while other tokens are written under the same key."""

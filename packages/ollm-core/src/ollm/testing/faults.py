@@ -1,7 +1,7 @@
 """A disk that goes wrong on purpose: operation number `at`, of whatever kind, meets a fault.
 
-Put it in the place of `ollm.io.shim.disk`. What it knows is how operating systems fail; it knows nothing of
-records, folders or stores, so that every store can be tested with it.
+`installed` puts it in the place of `ollm.io.shim.disk`. What it knows is how operating systems fail; it knows nothing
+of records, folders or stores, so that every store can be tested with it.
 """
 
 from __future__ import annotations
@@ -9,9 +9,11 @@ from __future__ import annotations
 import errno
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
+from ollm.io import shim
 from ollm.io.shim import Disk
 
 Fault = Callable[[str, tuple[Any, ...]], Any]
@@ -40,6 +42,16 @@ class FaultyDisk(Disk):
     def heal(self) -> None:
         """From now on everything works."""
         self._fault = None
+
+    @contextmanager
+    def installed(self) -> Iterator[None]:
+        """It is the disk, for as long as the `with` block."""
+        before = shim.disk
+        shim.disk = self
+        try:
+            yield
+        finally:
+            shim.disk = before
 
     def _operate(self, name: str, *arguments: Any) -> Any:
         if self._only is not None and name not in self._only:

@@ -6,8 +6,7 @@ from __future__ import annotations
 import functools
 import resource
 import tempfile
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,20 +19,20 @@ from torch import Tensor
 from ollm.contracts.blocks import Extent, KVBlock
 from ollm.contracts.spill import SpillPlan
 from ollm.errors import OllmError
-from ollm.io import shim
+from ollm.io.scheduler import _schedulers
 from ollm.kv.history import LayerHistory
 from ollm.kv.session import KVSession
 from ollm.storage.kept import extents_of
 from ollm.storage.segments import SegmentedStorage
 from ollm.testing.blocks import assert_same, random_block, write_blocks
-from ollm.testing.case import StoreCase, assert_nothing_left, commit, depth, files_of, flush_writes
+from ollm.testing.case import StoreCase, assert_nothing_left, commit, files_of, flush_writes, some, untyped
 from ollm.testing.faults import FAULTS, FaultyDisk
 from ollm.testing.processes import watchdog
 
 _STEPS = [("append", 7), ("append", 2), ("append", 9), ("crop", 14), ("append", 6), ("rows", 2), ("crop", 3)]
 _WINDOW_STEPS = [("append", 7), ("append", 2), ("append", 9), ("append", 6), ("rows", 2), ("append", 30)]
 _PLACES = 8
-"""About how many operations of a life fail, one at a time, for each kind of fault; see `depth`."""
+"""About how many operations of a life fail, one at a time, for each kind of fault; see `some`."""
 _RAISED = (OllmError, KeyboardInterrupt, MemoryError)
 
 Trouble = Callable[[], AbstractContextManager[None]]
@@ -57,11 +56,10 @@ class FaultsTests(StoreCase):
     def test_any_fault_of_the_disk_is_survived(self, fault: str, tmp_path: Path) -> None:
         """One operation of ollm's storage and folders after the other goes wrong, over a whole life of a layer."""
         sound = FaultyDisk()
-        self._survives(lambda: _with_disk(sound), "no fault")
+        self._survives(sound.installed, "no fault")
         operations = len(sound.operations)
-        for at in _some(operations):
-            disk = FaultyDisk(FAULTS[fault], at)
-            self._survives(functools.partial(_with_disk, disk), f"{fault} at operation {at} of {operations}")
+        for at in some(range(operations), _PLACES):
+            self._survives(FaultyDisk(FAULTS[fault], at).installed, f"{fault} at operation {at} of {operations}")
 
     def test_files_that_may_not_grow_are_survived(self, tmp_path: Path) -> None:
         """The system itself refuses every write beyond so many bytes: for stores that write files of their own."""
@@ -72,28 +70,25 @@ class FaultsTests(StoreCase):
         store.close()
         if not largest:
             pytest.skip("this store has no files")
-        for limit in _some(largest):
+        for limit in some(range(largest), _PLACES):
             self._survives(functools.partial(_file_size, limit), f"no file may have more than {limit} bytes")
 
     @pytest.mark.parametrize("fault", ["no room", "input/output error"])
     def test_a_store_that_cannot_be_made_leaves_nothing(self, fault: str, tmp_path: Path) -> None:
         """One operation after the other goes wrong while it is opened: a typed error, or a store all the same."""
         sound = FaultyDisk()
-        with _with_disk(sound):
+        with sound.installed():
             store = self.new(tmp_path)
         store.close()
-        for at in range(len(sound.operations)):
+        for at in some(range(len(sound.operations)), _PLACES):
             try:
-                with _with_disk(FaultyDisk(FAULTS[fault], at)):
+                with FaultyDisk(FAULTS[fault], at).installed():
                     store = self.new(tmp_path)
                 store.close()
             except OllmError:
                 continue
             except Exception as error:
-                raise AssertionError(
-                    f"{fault} at operation {at} of opening it: {type(error).__name__} ({error}); raise StorageError or "
-                    "another error of ollm.plugin"
-                ) from error
+                raise untyped(f"{fault} at operation {at} of opening it", error) from error
         self.new(tmp_path).close()  # tidies up what could not be removed
         assert_nothing_left(tmp_path, "by stores that could not be made, after one that could")
 
@@ -102,22 +97,20 @@ class FaultsTests(StoreCase):
         """One operation after the other goes wrong while a store writes, commits, is closed and opened again; the one
         after that finds the last table that was reported as committed, or the one that just was to be."""
         sound = FaultyDisk()
-        with tempfile.TemporaryDirectory() as folder, _with_disk(sound):
+        with tempfile.TemporaryDirectory() as folder, sound.installed():
             self._commits(Path(folder), _Progress())
         operations = len(sound.operations)
-        for at in _some(operations):
+        for at in some(range(operations), _PLACES):
             what = f"{fault} at operation {at} of {operations}"
             with tempfile.TemporaryDirectory() as folder, watchdog():
                 progress = _Progress()
                 try:
-                    with _with_disk(FaultyDisk(FAULTS[fault], at)):
+                    with FaultyDisk(FAULTS[fault], at).installed():
                         self._commits(Path(folder), progress)
                 except _RAISED:
                     pass
                 except Exception as error:
-                    raise AssertionError(
-                        f"{what}: {type(error).__name__} ({error}); raise StorageError or another error of ollm.plugin"
-                    ) from error
+                    raise untyped(what, error) from error
                 self._finds(Path(folder), progress, what)
 
     def _commits(self, folder: Path, progress: _Progress) -> None:
@@ -162,6 +155,7 @@ class FaultsTests(StoreCase):
     def _survives(self, trouble: Trouble, what: str) -> None:
         """Every step first while there is trouble, then, if that failed, again without."""
         __tracebackhide__ = True
+        before_it = _users()
         with tempfile.TemporaryDirectory() as folder, watchdog():
             ours, model = self._layer(Path(folder) / "ours"), self._layer(Path(folder) / "model")
             for seed, (step, argument) in enumerate(_WINDOW_STEPS if self.window_tokens else _STEPS):
@@ -183,27 +177,22 @@ class FaultsTests(StoreCase):
                     _assert_content(ours, before, f"{what}: {step} {argument} failed with {error!r} and left its trace")
                     _take(ours, step, argument, seed)
                 except Exception as error:
-                    raise AssertionError(
-                        f"{what}: {step} {argument} raised {type(error).__name__} ({error}); raise StorageError or "
-                        "another error of ollm.plugin"
-                    ) from error
+                    raise untyped(f"{what}: {step} {argument}", error) from error
                 _assert_content(ours, after, f"{what}: after {step} {argument}")
             ours._session.close()
             model._session.close()
-            left = [thread.name for thread in threading.enumerate() if thread.name.startswith("ollm-io")]
-            assert not left or self._shares_a_disk(), f"{what}: threads go on: {left}"
-
-    @staticmethod
-    def _shares_a_disk() -> bool:
-        """Whether somebody else in this process reads or writes, too."""
-        from ollm.io.scheduler import _schedulers
-
-        return bool(_schedulers)
+            kept = {disk: users for disk, users in _users().items() if users > before_it.get(disk, 0)}
+            assert not kept, f"{what}: the threads of a disk go on for what was closed"
 
     def _layer(self, folder: Path) -> LayerHistory:
         plan = SpillPlan(flush_tokens=4, flush_bytes=2**30, hot_tokens=1, resident_bytes=200)
         session = KVSession(self.new(folder), plan, strategy="under-test", layers=[0], lossless=not self.tolerance)
         return LayerHistory(0, session)
+
+
+def _users() -> dict[Hashable, int]:
+    """How many use the threads of each disk, whoever else there is in this process included."""
+    return {disk: len(scheduler._users) for disk, scheduler in _schedulers.items()}
 
 
 def _take(layer: LayerHistory, step: str, argument: int, seed: int) -> None:
@@ -253,21 +242,6 @@ def _assert_content(layer: LayerHistory, expected: dict[int, tuple[Tensor, Tenso
     for position, pair in ours.items():
         for name, mine, theirs in zip(("keys", "values"), pair, expected[position], strict=True):
             assert_same(mine, theirs, 0.0, f"{what}: {name} of token {position}")
-
-
-def _some(count: int) -> range:
-    """About so many of `count` as `depth` says, the same every time."""
-    return range(0, count, max(count // depth(_PLACES), 1))
-
-
-@contextmanager
-def _with_disk(disk: FaultyDisk) -> Iterator[None]:
-    before = shim.disk
-    shim.disk = disk
-    try:
-        yield
-    finally:
-        shim.disk = before
 
 
 @contextmanager

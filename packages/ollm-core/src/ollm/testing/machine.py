@@ -12,12 +12,12 @@ from typing import Any
 
 import attrs
 import hypothesis.strategies as st
-from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 
 from ollm.contracts.blocks import Extent, KVBlock
 from ollm.testing.blocks import assert_holds, random_block, write_blocks
 from ollm.testing.case import StoreCase, depth, flush_writes, most_tokens
+from ollm.testing.examples import unhurried
 
 _LAYERS = st.sampled_from((0, 1))
 _BRANCHES = st.sampled_from((0, 1))
@@ -39,7 +39,7 @@ class RandomOperationsTests(StoreCase):
         """What was written and not freed is given back, whatever else was done."""
         goes_on = self.can_go_on(tmp_path)
         machine: Any = partial(_StoreMachine, self, goes_on)
-        run_state_machine_as_test(machine, settings=settings(max_examples=depth(60)))
+        run_state_machine_as_test(machine, settings=unhurried(max_examples=depth(30)))
 
 
 class _StoreMachine(RuleBasedStateMachine):

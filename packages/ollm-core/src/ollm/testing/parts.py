@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
-from pathlib import Path
 
 import pytest
 import torch
@@ -20,7 +19,7 @@ from ollm.kv.parts import Part, PartReader
 from ollm.storage.folder import segment_name
 from ollm.storage.segments import SegmentedStorage
 from ollm.testing.blocks import assert_equal, read_raw, write_blocks
-from ollm.testing.case import StoreCase, depth, flush_writes
+from ollm.testing.case import StoreCase, flip, flush_writes, some
 
 _SIZES = {"heads": 4, "key_size": 512, "value_size": 256}
 
@@ -51,7 +50,7 @@ class PartsTests(StoreCase):
         storage, (extent, *_), _ = self._several_pieces(store)
         raw, pieces = read_raw(store, extent).clone(), _pieces(storage, extent)
         assert len(pieces) > 1, "the test needs a block of several pieces"
-        for damaged in pieces[:: max(len(pieces) // depth(4), 1)]:
+        for damaged in some(pieces, 4):
             with _flipped(storage, extent, (damaged.start + damaged.stop) // 2):
                 for piece in pieces:
                     if piece == damaged:
@@ -90,14 +89,6 @@ def _read(storage: SegmentedStorage, pieces: Pieces) -> Tensor:
 def _flipped(storage: SegmentedStorage, extent: Extent, place: int) -> Iterator[None]:
     """A bit of the block's bytes is another one in the file, for as long as the `with` block."""
     path, at = storage.path / segment_name(extent.location.segment), extent.location.offset + place
-    _flip(path, at)
+    flip(path, at)
     yield
-    _flip(path, at)
-
-
-def _flip(path: Path, at: int) -> None:
-    with path.open("r+b") as file:
-        file.seek(at)
-        (byte,) = file.read(1)
-        file.seek(at)
-        file.write(bytes([byte ^ 4]))
+    flip(path, at)

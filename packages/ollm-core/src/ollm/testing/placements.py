@@ -6,12 +6,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 import hypothesis.strategies as st
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import example, given
 
+from ollm.testing.examples import unhurried
 from ollm.testing.purity import no_side_effects
 
-_SEVERAL_CLASSES = settings(suppress_health_check=[HealthCheck.differing_executors])
-"""A test that several classes inherit runs once for each: these are its executors."""
 _LAYERS = st.lists(st.integers(0, 10**9), max_size=60)
 _COUNTS = st.none() | st.integers(0, 70)
 _BUDGETS = st.none() | st.integers(0, 10**11)
@@ -31,7 +30,7 @@ class OffloadPlacementTests(ABC):
     def place(self, layer_bytes: Sequence[int], *, count: int | None, budget: int | None) -> tuple[int, ...]:
         """Ask the placement under test."""
 
-    @_SEVERAL_CLASSES
+    @unhurried()
     @given(layers=_LAYERS, count=_COUNTS, budget=_BUDGETS)
     @example(layers=[], count=0, budget=0)
     @example(layers=[], count=3, budget=None)
@@ -44,21 +43,21 @@ class OffloadPlacementTests(ABC):
         assert list(chosen) == sorted(set(chosen)), "ascending, without repeats"
         assert set(chosen) <= set(range(len(layers))), f"there are {len(layers)} layers"
 
-    @_SEVERAL_CLASSES
+    @unhurried()
     @given(layers=_LAYERS, count=st.integers(0, 70), budget=_BUDGETS)
     @example(layers=[1, 1, 1, 1], count=2, budget=None)
     @example(layers=[1, 1, 1, 1], count=0, budget=None)
     def test_never_more_than_were_asked_for(self, layers: list[int], count: int, budget: int | None) -> None:
         assert len(self.place(layers, count=count, budget=budget)) <= count
 
-    @_SEVERAL_CLASSES
+    @unhurried()
     @given(layers=_LAYERS, count=_COUNTS, budget=st.integers(0, 10**11))
     @example(layers=[10, 1], count=None, budget=10)
     @example(layers=[3, 3, 3], count=3, budget=0)
     def test_never_more_bytes_than_the_budget(self, layers: list[int], count: int | None, budget: int) -> None:
         assert sum(layers[index] for index in self.place(layers, count=count, budget=budget)) <= budget
 
-    @_SEVERAL_CLASSES
+    @unhurried()
     @given(layers=_LAYERS, count=_COUNTS, budget=_BUDGETS)
     def test_it_depends_on_its_arguments_alone(self, layers: list[int], count: int | None, budget: int | None) -> None:
         """Pure: the same answer at any time, its arguments stay as they are, and nothing is opened or started."""

@@ -17,11 +17,12 @@ from ollm.contracts.models import ModelAdapter
 from ollm.contracts.offload import OffloadPlacement
 from ollm.contracts.options import describe_options, structure_options
 from ollm.contracts.spill import SpillPolicy
-from ollm.contracts.strategy import BuildContext
+from ollm.contracts.strategy import BuildContext, KVBuildContext
 from ollm.registry import CommandOffer, Kind, Offer, PluginReport, Status, registry
 from ollm.registry.kinds import COMMANDS, RESERVED, RESERVED_COMMANDS, Home
-from ollm.testing.blocks import assert_holds, random_block, write_blocks
+from ollm.testing.blocks import assert_holds, random_block, read_extent, write_blocks
 from ollm.testing.case import store_context
+from ollm.testing.damage import FilesTests
 from ollm.testing.wheels import check_wheel
 
 _CONTRACTS: dict[Kind, type] = {
@@ -144,6 +145,14 @@ class PluginTests:
                 store.close()
             registry().get(Kind.SPILL_POLICY, facts.spill_policy)
 
+    def test_damage_is_noticed_with_the_default_options(self, offers: tuple[Offer, ...], tmp_path: Path) -> None:
+        """A KV store with files, as users get it who set nothing: a byte that changed gives the right numbers or a
+        typed error."""
+        for offer in offers:
+            if offer.strategy.facts is not None and offer.strategy.facts.directory is not None:
+                case = _AsUsersGetIt(offer, tmp_path / "sound")
+                case.test_a_damaged_byte_gives_right_data_or_a_typed_error(tmp_path / offer.name)
+
     def test_its_commands_show_their_help(self, commands: tuple[CommandOffer, ...]) -> None:
         """What each names is there, and is a typer app or a function that typer takes."""
         for offer in commands:
@@ -166,3 +175,31 @@ class PluginTests:
         facts = offer.strategy.facts
         window = None if facts is None or facts.full_history else _WINDOW
         return store_context(folder, options=options, window_tokens=window)
+
+
+class _AsUsersGetIt(FilesTests):
+    """A strategy's store with its own default options."""
+
+    _has_a_cache = True
+
+    def __init__(self, offer: Offer, folder: Path) -> None:
+        self._build = offer.strategy.build
+        self.options = structure_options(offer.strategy.options, {}, strategy=offer.strategy.name)
+        facts = offer.strategy.facts
+        self.window_tokens = None if facts is None or facts.full_history else _WINDOW
+        if facts is not None and not facts.lossless:
+            self.tolerance = self._lost(folder)
+
+    def open(self, context: KVBuildContext) -> KVStore:
+        store: KVStore = self._build(context)
+        return store
+
+    def _lost(self, folder: Path) -> float:
+        """What a lossy store loses of these numbers, undamaged."""
+        with self._filled_again(folder) as (store, table, _):
+            return max(
+                float((ours.double() - theirs.double()).abs().max() / theirs.double().abs().max())
+                for extent, block in table.items()
+                for read in [read_extent(store, extent)]
+                for ours, theirs in ((read.keys, block.keys), (read.values, block.values))
+            )

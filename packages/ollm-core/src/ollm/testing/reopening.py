@@ -23,11 +23,13 @@ from ollm.contracts.kv import KVStore
 from ollm.errors import OllmError
 from ollm.storage.kept import extents_of
 from ollm.storage.segments import SegmentedStorage
-from ollm.testing.blocks import assert_equal, load_table, read_extent, save_table, write_blocks
-from ollm.testing.case import StoreCase, bytes_of, commit, depth, files_of, flush_writes
+from ollm.testing.blocks import load_table, read_extent, save_table, write_blocks
+from ollm.testing.case import StoreCase, bytes_of, commit, files_of, flip, flush_writes, some, typed
 from ollm.testing.processes import in_child
 
 _TOKENS = 16
+_PLACES = 6
+"""About how many places of each file are changed while no store has it open; see `some`."""
 _SIZES: dict[str, Any] = {"heads": 4, "key_size": 32, "value_size": 32}
 
 Kept = dict[Extent, KVBlock]
@@ -151,7 +153,7 @@ class ReopeningTests(StoreCase):
             "the place of another": attrs.evolve(first, location=table[1].location),
         }
         for what, extent in wrong.items():
-            with _copied(kept) as folder, _typed(what):
+            with _copied(kept) as folder, typed(what):
                 assert self._is_refused(folder, extent), f"{what} than was written, and no error"
 
     def test_files_that_changed_meanwhile_give_right_data_or_a_typed_error(self, kept: Path) -> None:
@@ -159,10 +161,9 @@ class ReopeningTests(StoreCase):
         table = self._session(kept)
         caught = 0
         for path in files_of(kept):
-            size, count = path.stat().st_size, depth(6)
             changes: list[tuple[str, Callable[[Path], object]]] = [("removed", Path.unlink)]
-            for place in sorted({size * number // count for number in range(count)} if size else ()):
-                changes.append((f"changed at {place}", functools.partial(_flip, place=place)))
+            for place in some(range(path.stat().st_size), _PLACES):
+                changes.append((f"changed at {place}", functools.partial(flip, place=place)))
                 changes.append((f"cut at {place}", functools.partial(os.truncate, length=place)))
             for what, change in changes:
                 with _copied(kept) as folder:
@@ -234,19 +235,12 @@ class ReopeningTests(StoreCase):
     def _goes_on(self, folder: Path, table: Kept, what: str) -> tuple[int, list[Extent] | None]:
         """Adopt a table and read it: how often there was a typed error, and what the storage had committed."""
         __tracebackhide__ = True
-        with _typed(what):
+        with typed(what):
             try:
                 store = self._reopened(folder, table)
             except OllmError:
                 return 1, None
-            errors = 0
-            for extent, block in table.items():
-                try:
-                    ours = read_extent(store, extent)
-                except OllmError:
-                    errors += 1
-                else:
-                    assert_equal(ours, block, self.tolerance, f"{what}: other {{}} of {extent}, and no error")
+            errors = self.right_or_refused(store, table, what)
             with suppress(OllmError):  # it may say that its files are not what they were
                 store.close()
         return errors, extents_of(store.storage.committed) if isinstance(store.storage, SegmentedStorage) else None
@@ -261,22 +255,3 @@ def _copied(folder: Path) -> Iterator[Path]:
         yield copy
     finally:
         shutil.rmtree(copy)
-
-
-@contextmanager
-def _typed(what: str) -> Iterator[None]:
-    """Only assertions, and errors that users can handle, get out."""
-    try:
-        yield
-    except (AssertionError, OllmError):
-        raise
-    except Exception as error:
-        raise AssertionError(
-            f"{what}: {type(error).__name__} ({error}); raise CorruptDataError or StorageError from ollm.plugin"
-        ) from error
-
-
-def _flip(path: Path, place: int) -> None:
-    content = bytearray(path.read_bytes())
-    content[place] ^= 0x10
-    path.write_bytes(content)

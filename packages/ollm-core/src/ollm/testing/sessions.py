@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from ollm.contracts.kv import KVStore
-from ollm.io import shim
 from ollm.testing.blocks import write_blocks
-from ollm.testing.case import StoreCase, assert_nothing_left, depth, flush_writes
+from ollm.testing.case import StoreCase, assert_nothing_left, flush_writes, some
 from ollm.testing.faults import FaultyDisk
 from ollm.testing.processes import in_child
 
@@ -63,12 +61,14 @@ class SessionsTests(StoreCase):
     def test_kill_9_leaves_nothing_that_stays(self, tmp_path: Path) -> None:
         """Killed at any step: the next session tidies up, works, and leaves nothing."""
         steps = FaultyDisk()
-        _with_disk(steps, lambda: self._live(tmp_path))
+        with steps.installed():
+            self._live(tmp_path)
         total = len(steps.operations)
-        for at in sorted({*range(0, total, max(total // depth(_KILLS), 1)), total}):
+        for at in sorted({*some(range(total), _KILLS), total}):
 
             def killed(at: int = at) -> None:
-                _with_disk(FaultyDisk(_kill, at), lambda: self._live(tmp_path, close=False))
+                with FaultyDisk(_kill, at).installed():
+                    self._live(tmp_path, close=False)
                 os.kill(os.getpid(), signal.SIGKILL)
 
             in_child(killed, killed=True)
@@ -114,15 +114,6 @@ class SessionsTests(StoreCase):
         self.holds(store, extents, [blocks[0], blocks[2]])
         if close:
             store.close()
-
-
-def _with_disk(disk: FaultyDisk, action: Callable[[], None]) -> None:
-    before = shim.disk
-    shim.disk = disk
-    try:
-        action()
-    finally:
-        shim.disk = before
 
 
 def _kill(name: str, arguments: tuple[object, ...]) -> None:

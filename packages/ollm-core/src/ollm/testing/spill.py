@@ -5,12 +5,12 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 
 import hypothesis.strategies as st
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import example, given
 
 from ollm.contracts.spill import KVGeometry, LayerGeometry, MemorySnapshot, SpillPlan
+from ollm.testing.examples import unhurried
 from ollm.testing.purity import no_side_effects
 
-_SEVERAL_CLASSES = settings(suppress_health_check=[HealthCheck.differing_executors])
 _SIZES = st.integers(0, 2**44)
 _GEOMETRIES = st.builds(
     lambda layers, heads, size: KVGeometry(
@@ -45,7 +45,7 @@ class SpillPolicyTests(ABC):
     def plan(self, geometry: KVGeometry, memory: MemorySnapshot, budget: int | None) -> SpillPlan:
         """Ask the policy under test."""
 
-    @_SEVERAL_CLASSES
+    @unhurried()
     @given(geometry=_GEOMETRIES, memory=_MEMORY, budget=st.none() | _SIZES)
     @example(geometry=_EMPTY, memory=_SMALL, budget=None)
     @example(geometry=_EMPTY, memory=_SMALL, budget=0)
@@ -55,7 +55,7 @@ class SpillPolicyTests(ABC):
         """Without stored layers and without free memory, too."""
         assert isinstance(self.plan(geometry, memory, budget), SpillPlan)
 
-    @_SEVERAL_CLASSES
+    @unhurried()
     @given(geometry=_GEOMETRIES, memory=_MEMORY, budget=_SIZES)
     @example(geometry=_EMPTY, memory=_SMALL, budget=0)
     def test_the_budget_is_never_exceeded(self, geometry: KVGeometry, memory: MemorySnapshot, budget: int) -> None:
@@ -63,7 +63,7 @@ class SpillPolicyTests(ABC):
         plan = self.plan(geometry, memory, budget)
         assert plan.resident_bytes + plan.resident_bytes_device <= budget
 
-    @_SEVERAL_CLASSES
+    @unhurried()
     @given(geometry=_GEOMETRIES, memory=_MEMORY)
     def test_without_a_budget_no_more_than_is_free_is_taken(self, geometry: KVGeometry, memory: MemorySnapshot) -> None:
         """A policy may ask for a fixed amount, such as 256 MiB, where less is free: core takes less then. It may not
@@ -73,7 +73,7 @@ class SpillPolicyTests(ABC):
         if memory.device_type != "cpu":
             assert plan.resident_bytes_device <= max(memory.device_total, 2**30)
 
-    @_SEVERAL_CLASSES
+    @unhurried()
     @given(geometry=_GEOMETRIES, memory=_MEMORY, budget=st.none() | _SIZES)
     def test_it_depends_on_its_arguments_alone(
         self, geometry: KVGeometry, memory: MemorySnapshot, budget: int | None

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ollm.io.buffers import aligned_buffer
 from ollm.io.device_ring import DeviceRing
+from ollm.io.devices import is_accelerator
 from ollm.io.ledger import Claim, ledger
 from ollm.io.scheduler import IOScheduler, scheduler_of
 from ollm.io.streams import CudaStreams
@@ -54,7 +55,7 @@ class WeightMemory:
 
     @property
     def on_accelerator(self) -> bool:
-        return self.device.type != "cpu"
+        return is_accelerator(self.device)
 
     @property
     def slot_bytes(self) -> int:
@@ -92,6 +93,17 @@ class WeightMemory:
             claim.release()
             raise
 
+    def read_again(self, index: int) -> Tensor:
+        """What the files hold of a layer, for comparison, in memory that nobody keeps.
+
+        Raises:
+            MemoryLimitError: so much is not free.
+            WeightsError: it cannot be read.
+        """
+        layout = self._layouts[index]
+        ledger.check("Weights to compare with", layout.nbytes, HOST)
+        return _read(layout, self._scheduler, self._counters, pinned=False)
+
     def fill(self, number: int, index: int) -> Tensor:
         """Read a layer into a slot, when nothing else reads into slots. Returns the slot.
 
@@ -122,7 +134,7 @@ class WeightMemory:
         elif not self.slots:
             self._slots_claim = ledger.claim("Slots for streamed weights", RING_SLOTS * self.slot_bytes, HOST)
             try:
-                self.slots = [_buffer(self.slot_bytes, pinned=self.on_accelerator) for _ in range(RING_SLOTS)]
+                self.slots = [aligned_buffer(self.slot_bytes, pinned=self.on_accelerator) for _ in range(RING_SLOTS)]
             except BaseException:
                 self._free_slots()
                 raise
@@ -184,7 +196,7 @@ def read_apart(parameters: Sequence[Parameter], device: torch.device) -> Iterato
 
 def _read(layout: WeightLayout, scheduler: IOScheduler, counters: WeightCounters, *, pinned: bool) -> Tensor:
     """A new buffer with everything in it that a layout describes."""
-    buffer = _buffer(layout.nbytes, pinned=pinned)
+    buffer = aligned_buffer(layout.nbytes, pinned=pinned)
     _read_into(buffer, layout, scheduler, counters)
     return buffer
 
@@ -195,8 +207,3 @@ def _read_into(buffer: Tensor, layout: WeightLayout, scheduler: IOScheduler, cou
         ring.take(0)
     finally:
         ring.close()
-
-
-def _buffer(nbytes: int, *, pinned: bool) -> Tensor:
-    with torch.inference_mode(False):  # what is made in it can be written to in it only, and workers are not
-        return aligned_buffer(nbytes, pinned=pinned)

@@ -183,8 +183,8 @@ class Ring:
 
     def _ask(self, filling: _Filling, read: Read) -> None:
         request = _Request(filling, read)
-        self._flying.add(request)
         try:
+            self._flying.add(request)
             self._scheduler.submit(self._run, request)
         except BaseException as error:
             if request.take():  # else it runs, and ends by itself
@@ -224,4 +224,5 @@ class Ring:
 
 
 def _error(filling: _Filling) -> WeightsError:
-    return WeightsError(f"Cannot read {filling.failed}: {filling.error or type(filling.error).__name__}.")
+    reason = str(filling.error) or type(filling.error).__name__
+    return WeightsError(f"Cannot read {filling.failed}: {reason.removesuffix('.')}.")

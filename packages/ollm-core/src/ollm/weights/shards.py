@@ -1,12 +1,13 @@
 """What is in a safetensors file: its header, read strictly before anything else is.
 
-A header that is wrong in any way, or does not describe every byte of the file exactly once, is refused. Knows the
-format; knows nothing of models.
+A header that does not describe every byte of the file exactly once is refused. What is wrong with a single tensor is
+noted, and said when that tensor is needed. Knows the format; knows nothing of models.
 """
 
 from __future__ import annotations
 
 import math
+import reprlib
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ from ollm.weights.files import WeightFile
 
 MOST_HEADER_BYTES = 100_000_000
 """The format's own limit."""
+_MOST_DIMENSIONS = 64
+"""As many as a tensor of torch may have."""
 
 DTYPES = {
     "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "U16": torch.uint16, "I16": torch.int16,
@@ -41,10 +44,24 @@ class StoredTensor:
     offset: int
     """From the start of the file."""
     nbytes: int
+    damage: str = ""
+    """What is wrong with it; then its dtype and shape mean nothing."""
 
     @property
     def end(self) -> int:
         return self.offset + self.nbytes
+
+    def check(self) -> None:
+        """Check that it can be read.
+
+        Raises:
+            ModelDirectoryError: its description is wrong; names the file, the tensor and what is wrong.
+        """
+        if self.damage:
+            raise ModelDirectoryError(
+                f"Cannot read the weights in {self.file.path}: {self.damage}. The file is damaged, or of a newer "
+                "format: get it again, or update ollm."
+            )
 
 
 def read_shard(path: Path) -> dict[str, StoredTensor]:
@@ -72,7 +89,9 @@ def _read_header(file: WeightFile) -> tuple[dict[str, Any], int]:
         raise ValueError(f"its header would be {length} bytes long")
     if 8 + length > file.size:
         raise ValueError(f"its header of {length} bytes does not fit into {file.size} bytes")
-    header = strict_json.parse(_read(file, 8, length), most_bytes=MOST_HEADER_BYTES)
+    header = strict_json.parse(
+        _read(file, 8, length), most_bytes=MOST_HEADER_BYTES, most_values=strict_json.MOST_VALUES
+    )
     if not isinstance(header, dict):
         raise ValueError("its header is not a JSON object")
     return header, length
@@ -89,21 +108,44 @@ def _read(file: WeightFile, offset: int, length: int) -> bytes:
 
 
 def _tensor(file: WeightFile, data: int, name: str, entry: Any) -> StoredTensor:
-    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
-        raise ValueError(f"tensor {name!r} is not described by dtype, shape and data_offsets")
-    dtype = DTYPES.get(entry["dtype"]) if isinstance(entry["dtype"], str) else None
-    if dtype is None:
-        raise ValueError(f"tensor {name!r} has the unknown dtype {entry['dtype']!r}")
-    shape, offsets = entry["shape"], entry["data_offsets"]
-    if not _counts(shape) or not _counts(offsets) or len(offsets) != 2:
-        raise ValueError(f"tensor {name!r} has the shape {shape!r} at {offsets!r}, which are not whole numbers")
+    if not isinstance(entry, dict):
+        raise ValueError(f"tensor {brief(name)} is not described by dtype, shape and data_offsets")
+    offsets: Any = entry.get("data_offsets")
+    if not _counts(offsets) or len(offsets) != 2:
+        raise ValueError(f"tensor {brief(name)} lies at {brief(offsets)}, which are not whole numbers, or not two")
     begin, end = offsets
-    nbytes = math.prod(shape) * dtype.itemsize
-    if end - begin != nbytes:
-        raise ValueError(f"tensor {name!r} of shape {shape} and dtype {entry['dtype']} has {end - begin} bytes")
+    if begin > end:
+        raise ValueError(f"tensor {brief(name)} has {end - begin} bytes")
     if data + end > file.size:
-        raise ValueError(f"tensor {name!r} ends at byte {data + end} of {file.size}")
-    return StoredTensor(name, file, dtype, tuple(shape), data + begin, nbytes)
+        raise ValueError(f"tensor {brief(name)} ends at byte {data + end} of {file.size}")
+    nbytes = end - begin
+    damage = _what_is_wrong(name, entry, nbytes)
+    dtype, shape = (torch.uint8, [nbytes]) if damage else (DTYPES[entry["dtype"]], entry["shape"])
+    return StoredTensor(name, file, dtype, tuple(shape), data + begin, nbytes, damage)
+
+
+def _what_is_wrong(name: str, entry: dict[str, Any], nbytes: int) -> str:
+    """Empty if dtype and shape are those of so many bytes."""
+    if set(entry) != {"dtype", "shape", "data_offsets"}:
+        return f"tensor {brief(name)} is not described by dtype, shape and data_offsets"
+    dtype, shape = entry["dtype"], entry["shape"]
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        return f"tensor {brief(name)} has the unknown dtype {brief(dtype)}"
+    if not _counts(shape) or len(shape) > _MOST_DIMENSIONS:
+        return f"tensor {brief(name)} has the shape {brief(shape)}, which are not whole numbers, or too many"
+    if math.prod(shape) * DTYPES[dtype].itemsize != nbytes:
+        return f"tensor {brief(name)} of shape {brief(shape)} and dtype {dtype} has {nbytes} bytes"
+    return ""
+
+
+def brief(value: object) -> str:
+    """What a file says, for a message: never long, whatever it is."""
+    return _brief.repr(value)
+
+
+_brief = reprlib.Repr()
+_brief.maxstring = _brief.maxother = 200
+_brief.maxlong = 40
 
 
 def _check_coverage(tensors: dict[str, StoredTensor], data: int, size: int) -> None:
@@ -112,7 +154,7 @@ def _check_coverage(tensors: dict[str, StoredTensor], data: int, size: int) -> N
     for tensor in sorted(tensors.values(), key=lambda tensor: (tensor.offset, tensor.end)):
         if tensor.offset != at:
             what = "overlap" if tensor.offset < at else "leave a hole"
-            raise ValueError(f"tensors {before!r} and {tensor.name!r} {what}")
+            raise ValueError(f"tensors {brief(before)} and {brief(tensor.name)} {what}")
         at, before = tensor.end, tensor.name
     if at != size:
         raise ValueError(f"its tensors end at byte {at} of {size}")

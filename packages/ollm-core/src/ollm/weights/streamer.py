@@ -2,8 +2,8 @@
 
 A layer is on disk, in host memory, or on the model's device. Hooks on the layers bind what is needed; the forward of
 the module that holds them is wrapped, so that one forward runs at a time. `remove` undoes both (see `ollm.changes`);
-nothing else of the model or of torch is changed. Knows modules, layouts and memory; not transformers, not who chooses
-the layers.
+nothing else of the model or of torch is changed. What others do to weights that are read again would be lost, and is
+refused. Knows modules, layouts and memory; not transformers, not who chooses the layers.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import functools
 import os
 import threading
 import weakref
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from ollm.endings import end
 from ollm.errors import WeightsError
 from ollm.io.device_ring import OnDevice
 from ollm.io.ledger import ledger
-from ollm.weights.binding import Binding, LayerWeights, on_meta
+from ollm.weights.binding import Binding, LayerWeights, lost
 from ollm.weights.checkpoint import Checkpoint
 from ollm.weights.counters import WeightCounters
 from ollm.weights.memory import HOST, Held, WeightMemory
@@ -63,18 +63,25 @@ class WeightStreamer:
         self._process = os.getpid()
         self._lock = threading.RLock()
         self._lock_process = self._process
-        self._bindings = [Binding(layer, device) for layer in layers]
+        self._bindings = [
+            Binding(layer, device, functools.partial(self._bring, index)) for index, layer in enumerate(layers)
+        ]
         self._memory = WeightMemory(folder, device, [binding.layout for binding in self._bindings], self.counters)
         self._finalizer = weakref.finalize(self, self._memory.close)
+        self._kept: set[int] = set()  # bound for good
         self._inside: tuple[int, OnDevice | None] | None = None  # the layer that computes, and its copy on the device
         self._stand_ins: dict[Hashable, tuple[Binding, Tensor]] | None = None
         with Changes() as changes:
             changes.wrap(decoder, self._one_at_a_time)
             for index, layer in enumerate(layers):
-                changes.hook(layer.module.register_forward_pre_hook(functools.partial(self._enter, index)))
-            # whoever saves the model wants what it really has; torch states no types here
-            changes.hook(decoder.register_state_dict_pre_hook(self._decide))  # type: ignore[no-untyped-call]
-            self._changes = changes.pop_all()
+                changes.hook(layer.module.register_forward_pre_hook, functools.partial(self._enter, index))
+                for module in {id(module): module for module, _ in self._bindings[index].owners}.values():
+                    load = functools.partial(self._before_load, index)
+                    changes.hook(module.register_load_state_dict_pre_hook, load)
+            # whoever saves the model wants what it really has
+            changes.hook(decoder.register_state_dict_pre_hook, self._decide)
+            self.changes = changes.pop_all()
+            """What is done to the model, and undone by `remove`."""
 
     @property
     def layer_bytes(self) -> list[int]:
@@ -91,10 +98,10 @@ class WeightStreamer:
 
         Raises:
             MemoryLimitError: it does not fit; nothing was changed.
-            WeightsError: a layer cannot be read. What was to be kept is kept, all other layers are on disk.
+            WeightsError: a layer that is to leave memory was changed there by somebody; nothing was changed. Or a
+                layer cannot be read: what was to be kept is kept, all other layers are on disk.
         """
-        self._check_process(reads=True)
-        with self._lock, torch.inference_mode(False):
+        with self._alone(reads=True), torch.inference_mode(False):
             self._leave()
             memory = self._memory
             wanted = {index: self._home(tier) for index, tier in enumerate(tiers) if tier is not Tier.DISK}
@@ -102,11 +109,13 @@ class WeightStreamer:
             coming = [index for index in wanted if index not in memory.held or index in going]
             self._check_room(coming, going, wanted)
             self._checkpoint.check_identity()
+            memory.stop()
+            for index in filter(self._bound_for_good, going):
+                self._bindings[index].check_unchanged(memory.held[index].buffer, memory.read_again(index))
             self.before_first = None
             for index in going:
                 self._drop(index)
             arrived: dict[int, Held] = {}
-            memory.stop()
             try:
                 for index in coming:
                     arrived[index] = memory.read(index, wanted[index])
@@ -121,21 +130,36 @@ class WeightStreamer:
     def remove(self) -> None:
         """Take everything off the model, whose decoder layers are left without weights. May be called until it has
         succeeded, and afterwards."""
-        self._check_process(reads=True)
-        with self._lock:
+        with self._alone(reads=True):
             self._leave()
-            self._changes.close()
+            self.changes.close()
             for index in list(self._memory.held):
                 self._drop(index)
             self._memory.stop()
             end(self._finalizer)
 
+    def check_present(self) -> None:
+        """Have the layers placed, if nobody has chosen yet.
+
+        Raises:
+            WeightsError: one of them is not where the model computes.
+        """
+        with self._alone():
+            for binding in self._bindings:
+                binding.check_present()
+
+    @property
+    def absent(self) -> Iterator[nn.Parameter]:
+        """The parameters of layers that are not in memory."""
+        for index, binding in enumerate(self._bindings):
+            if not self._bound_for_good(index):
+                yield from (module.get_parameter(name) for module, name in binding.owners)
+
     @contextmanager
     def standing_in(self) -> Iterator[None]:
         """Meanwhile, one streamed layer of each kind stands in for all of its kind, so that a forward pass reads next
         to nothing: for trials that compare two ways through the model, whatever its weights. Other threads wait."""
-        self._check_process()
-        with self._lock:
+        with self._alone():
             self._leave()
             self._memory.stop()
             self._memory.start(self._streamed())
@@ -156,6 +180,18 @@ class WeightStreamer:
         held = self._memory.held.get(index)
         return held is not None and held.device == self._device
 
+    def _bring(self, index: int) -> bool:
+        """Whether a layer is where the model computes, once it is decided."""
+        with self._alone():
+            self._decide()
+            return self._bound_for_good(index)
+
+    def _before_load(self, index: int, module: nn.Module, state_dict: Mapping[str, Any], prefix: str, *_: Any) -> None:
+        """Somebody loads numbers into a module of a layer."""
+        names = [name for owner, name in self._bindings[index].owners if owner is module]
+        if any(prefix + name in state_dict for name in names):
+            self._bindings[index].check_present()
+
     def _check_room(self, coming: list[int], going: list[int], wanted: dict[int, torch.device]) -> None:
         sizes, count = [binding.layout.nbytes for binding in self._bindings], len(self._bindings)
         streamed = len(wanted) < count
@@ -168,49 +204,51 @@ class WeightStreamer:
                 ledger.check(f"{len(wanted)} resident layers, with slots for the others,", needed - freed, device)
 
     def _drop(self, index: int) -> None:
+        self._kept.discard(index)
         self._bindings[index].unbind()
         self._bindings[index].forget()
         self._memory.drop(index)
 
     def _settle(self) -> None:
-        """Make tiers, bindings and ring agree with what is held."""
+        """Make tiers, bindings and ring agree with what is held. Layers that stay are left as they are."""
         held = self._memory.held
         self.tiers = [Tier.DISK] * len(self._bindings)
         for binding in self._bindings:
             binding.forget()
-            binding.hide(on_meta)
         for index, layer in held.items():
             self.tiers[index] = Tier.DEVICE if layer.device == self._device else Tier.HOST
-            if self._bound_for_good(index):
+            if self._bound_for_good(index) and index not in self._kept:
                 self._bindings[index].bind(layer.buffer)
+                self._kept.add(index)
         self._memory.start(self._streamed())
 
     def _one_at_a_time(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        self._check_process()
-        with self._lock:
+        with self._alone():
             self._begin()
             try:
-                return forward(*args, **kwargs)
+                result = forward(*args, **kwargs)
+                self._leave_unchanged()
+                return result
             finally:
                 self._leave()
 
-    def _check_process(self, *, reads: bool = False) -> None:
-        """Comes before the lock is asked for: in a forked child a thread of the parent may hold it for ever, and nobody
-        reads.
+    @contextmanager
+    def _alone(self, *, reads: bool = False) -> Iterator[None]:
+        """One thread at a time. In a forked child a thread of the parent may hold the lock for ever, and nobody reads.
 
         Args:
-            reads: also refuse where all layers are bound, and nothing would be read.
+            reads: whether weights may have to be read, also where all layers are bound.
 
         Raises:
-            WeightsError: this is a forked child, and the weights are read by threads that it has not.
+            WeightsError: this is a forked child, and the threads that read are its parent's.
         """
         process = os.getpid()
-        if process == self._process:
-            return
-        if reads or not self._all_bound:
+        if process != self._process and (reads or not self._all_bound):
             raise WeightsError("A model whose weights are streamed was used in a forked process: load it there.")
         if process != self._lock_process:
             self._lock, self._lock_process = threading.RLock(), process
+        with self._lock:
+            yield
 
     def _begin(self) -> None:
         """Check what may have changed since the last forward pass."""
@@ -236,7 +274,7 @@ class WeightStreamer:
 
     def _enter(self, index: int, module: nn.Module, args: Any) -> None:
         """A forward pass has come to a layer: give it its weights, and take those of the layer before."""
-        self._leave()
+        self._leave_unchanged()
         self.counters.layers_entered += 1
         if self._bound_for_good(index):
             return
@@ -271,14 +309,26 @@ class WeightStreamer:
         self.counters.layers_streamed += 1
         return binding, memory.slots[memory.ring.take(index)]
 
-    def _leave(self) -> None:
-        """Take the weights of the layer that computed last, so that its slot is read into again."""
+    def _leave_unchanged(self) -> None:
+        """The same as `_leave`.
+
+        Raises:
+            WeightsError: while the layer had its weights, somebody has changed them.
+        """
+        changed = self._leave()
+        if changed is not None:
+            raise lost(changed, "was changed while a forward pass computed with it")
+
+    def _leave(self) -> str | None:
+        """Take the weights of the layer that computed last, so that its slot is read into again. The name of one that
+        was changed meanwhile, if any was."""
         if self._inside is None:
-            return
+            return None
         index, copy = self._inside
-        self._bindings[index].unbind()
+        changed = self._bindings[index].unbind()
         if copy is not None:
             copy.leave()
         elif self._memory.ring is not None:
             self._memory.ring.release()
         self._inside = None  # after an interrupt before this all of it is done again
+        return changed
