@@ -1,6 +1,8 @@
 """What core hands to a store that keeps bytes on disk: a private folder, and a storage of records in it.
 
-Core's own are in `ollm.storage`; a store, and the engine that reads, know them through these classes.
+Core's own are in `ollm.storage`; a store knows them through these classes. So does the engine that reads, but it also
+reckons with three facts of the format: which records are neighbours, where in one the bytes of a head are, and how
+large a buffer must be.
 """
 
 from __future__ import annotations
