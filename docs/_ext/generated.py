@@ -188,8 +188,8 @@ def _autodoc(name: str) -> str:
         return f".. autofunction:: ollm.plugin.{name}"
     if issubclass(value, Exception):
         return f".. autoexception:: ollm.plugin.{name}"
-    record = "\n   :undoc-members:" if attrs.has(value) else ""
-    return f".. autoclass:: ollm.plugin.{name}\n   :members:{record}"
+    options = attrs.has(value) and any("help" in field.metadata for field in attrs.fields(value))
+    return f".. autoclass:: ollm.plugin.{name}\n   :members:" + "\n   :undoc-members:" * options
 
 
 def _insert(app: Sphinx, page: str, source: list[str]) -> None:
@@ -210,7 +210,7 @@ def _docstring(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines:
     for index in reversed([i for i, line in enumerate(lines) if line.startswith(".. code-block::")]):
         lines.insert(index + 1, "")
     if what not in ("attribute", "property"):  # in which napoleon would take what stands before a colon for a type
-        lines[:] = GoogleDocstring(lines, Config(), app, what, name, obj, options).lines()
+        lines[:] = GoogleDocstring(lines, Config(napoleon_use_ivar=True), app, what, name, obj, options).lines()
 
 
 def _signature(

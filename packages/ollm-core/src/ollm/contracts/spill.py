@@ -14,14 +14,21 @@ _READS = 7
 
 @attrs.frozen
 class LayerGeometry:
-    """Shape of one stored layer's keys and values, as expected from the model's config."""
+    """Shape of one stored layer's keys and values, as expected from the model's config.
+
+    Attributes:
+        layer: its number in the model.
+        kv_heads: heads of keys and values.
+        key_size: elements of a key.
+        value_size: elements of a value.
+        itemsize: bytes per element.
+    """
 
     layer: int
     kv_heads: int
     key_size: int
     value_size: int
     itemsize: int
-    """Bytes per element."""
 
     @property
     def bytes_per_token(self) -> int:
@@ -31,7 +38,11 @@ class LayerGeometry:
 
 @attrs.frozen
 class KVGeometry:
-    """The layers of a model whose keys and values go to a store (full-attention layers only)."""
+    """The layers of a model whose keys and values go to a store (full-attention layers only).
+
+    Attributes:
+        layers: those whose keys and values are stored, in order.
+    """
 
     layers: tuple[LayerGeometry, ...]
 
@@ -43,15 +54,20 @@ class KVGeometry:
 
 @attrs.frozen(kw_only=True)
 class MemorySnapshot:
-    """Memory as measured when the cache is made. Bytes; cgroup limits are taken into account."""
+    """Memory as measured when the cache is made. Bytes; cgroup limits are taken into account.
+
+    Attributes:
+        device_type: `cpu` or `cuda`.
+        host_total: all that there is.
+        host_free: what other caches of this process have claimed is not free.
+        device_total: equals the host's on a CPU.
+        device_free: what is free there; on a CPU, the host's.
+    """
 
     device_type: str
-    """`cpu` or `cuda`."""
     host_total: int
     host_free: int
-    """What other caches of this process have claimed is not free."""
     device_total: int
-    """Equals the host's on a CPU."""
     device_free: int
 
 
@@ -67,8 +83,8 @@ def _at_least(least: int) -> Any:
 def _is_less_than_a_tail(plan: SpillPlan, attribute: Any, value: int) -> None:
     if value >= plan.flush_tokens:
         raise ValueError(
-            f"hot_tokens={value}: must be less than flush_tokens={plan.flush_tokens}. A flush writes what is in the tail "
-            "but for these; else each token would be flushed alone, into a record of its own."
+            f"hot_tokens={value}: must be less than flush_tokens={plan.flush_tokens}. A flush writes what is in the "
+            "tail but for these; else each token would be flushed alone, into a record of its own."
         )
 
 
@@ -81,8 +97,8 @@ class SpillPlan:
         flush_bytes: … or this many bytes, whichever comes first. Per layer.
         hot_tokens: the most recent tokens that a flush leaves in the tail; fewer than `flush_tokens`. What is between
             the two is what a flush writes, and so the size of an extent, unless the store has a size of its own.
-        resident_bytes: host bytes for extents that stay in memory besides being stored, over all layers. Core takes less
-            where less is free by then.
+        resident_bytes: host bytes for extents that stay in memory besides being stored, over all layers. Core takes
+            less where less is free by then.
         resident_bytes_device: the same on the accelerator; on a CPU it means nothing.
         read_buffers: how many reads of up to 8 MiB may be in flight, each with a buffer on the host. At least 2: while
             attention computes with one, the next is filled.
