@@ -14,14 +14,21 @@ _READS = 7
 
 @attrs.frozen
 class LayerGeometry:
-    """Shape of one stored layer's keys and values, as expected from the model's config."""
+    """Shape of one stored layer's keys and values, as expected from the model's config.
+
+    Attributes:
+        layer: its number in the model.
+        kv_heads: heads of keys and values.
+        key_size: elements of a key.
+        value_size: elements of a value.
+        itemsize: bytes per element.
+    """
 
     layer: int
     kv_heads: int
     key_size: int
     value_size: int
     itemsize: int
-    """Bytes per element."""
 
     @property
     def bytes_per_token(self) -> int:
@@ -31,7 +38,11 @@ class LayerGeometry:
 
 @attrs.frozen
 class KVGeometry:
-    """The layers of a model whose keys and values go to a store (full-attention layers only)."""
+    """The layers of a model whose keys and values go to a store (full-attention layers only).
+
+    Attributes:
+        layers: those whose keys and values are stored, in order.
+    """
 
     layers: tuple[LayerGeometry, ...]
 
@@ -43,15 +54,20 @@ class KVGeometry:
 
 @attrs.frozen(kw_only=True)
 class MemorySnapshot:
-    """Memory as measured when the cache is made. Bytes; cgroup limits are taken into account."""
+    """Memory as measured when the cache is made. Bytes; cgroup limits are taken into account.
+
+    Attributes:
+        device_type: `cpu` or `cuda`.
+        host_total: all that there is.
+        host_free: what other caches of this process have claimed is not free.
+        device_total: equals the host's on a CPU.
+        device_free: what is free there; on a CPU, the host's.
+    """
 
     device_type: str
-    """`cpu` or `cuda`."""
     host_total: int
     host_free: int
-    """What other caches of this process have claimed is not free."""
     device_total: int
-    """Equals the host's on a CPU."""
     device_free: int
 
 
