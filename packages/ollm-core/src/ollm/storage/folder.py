@@ -186,7 +186,7 @@ class CacheFolder(Folder):
             shim.disk.fsync_folder(self.path)
 
     def close(self) -> None:
-        """As in the contract. With the last folder, its parent goes too. Until all is removed the lock is held."""
+        """As in the contract. With the last folder, its parent goes too. May be called until it has succeeded."""
         end(self._close)
 
     def give_up(self) -> None:
@@ -241,7 +241,8 @@ def _remove_owned(path: Path, lock: _Lock, owner: int) -> None:
     except BaseException:
         _left.append((path, lock, owner))
         raise
-    lock.close()
+    finally:
+        lock.close()  # of what is left, too: the next cache beside it may remove it
     _remove_root_if_empty(path.parent)
 
 

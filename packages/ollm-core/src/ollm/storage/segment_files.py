@@ -56,11 +56,17 @@ class SegmentFiles:
         """
         if number not in self._open:
             name = segment_name(number)
-            fd = self._folder.open_file(name, shim.UNBUFFERED * self.unbuffered, make=make)
-            file = DataFile(fd, unbuffered=self.unbuffered)
-            segment = Segment(self._folder.path / name, file, store_id=self._store_id, verify=self._verify)
-            with self._lock:
-                self._open[number] = segment
+            fd: int | None = None
+            try:
+                fd = self._folder.open_file(name, shim.UNBUFFERED * self.unbuffered, make=make)
+                file = DataFile(fd, unbuffered=self.unbuffered)
+                segment = Segment(self._folder.path / name, file, store_id=self._store_id, verify=self._verify)
+                with self._lock:
+                    self._open[number] = segment
+            except BaseException:
+                if fd is not None and number not in self._open:
+                    shim.disk.close(fd)
+                raise
         return self._open[number]
 
     def of(self, extent: Extent) -> Segment:
@@ -131,15 +137,19 @@ class SegmentFiles:
             raise
 
     def close(self) -> None:
-        """Close all of them. May be called twice.
+        """Close all of them. May be called until it has succeeded, and afterwards.
 
         Raises:
             OSError: as the system says; the others are closed all the same.
         """
         with ExitStack() as steps:
-            while self._open:
-                _, segment = self._open.popitem()
-                steps.callback(shim.disk.close, segment.file.fd)
+            for number in list(self._open):
+                steps.callback(self._close, number)
+
+    def _close(self, number: int) -> None:
+        segment = self._open.pop(number, None)  # before: the descriptor of one that was closed may be another's by now
+        if segment is not None:
+            shim.disk.close(segment.file.fd)
 
     def _check_places(self, number: int, locations: Sequence[Location]) -> None:
         """Whether records can be where they are said to be in a file that is there."""
