@@ -46,6 +46,11 @@ class KVStore(ABC):
     """Whether `read` only looks something up. Core then calls it when the bytes are needed, on the thread that needs
     them, instead of ahead of that on a worker, and keeps no resident copies."""
 
+    decodes_ahead: bool = False
+    """Whether `decode` may run on several threads at once, and beside `write` and `free`: it depends on nothing but its
+    arguments and on what never changes. Where attention runs on the host, core then decodes on the threads that read,
+    ahead of attention: worth it for what takes long and leaves Python's lock alone, as decompression does."""
+
     @abstractmethod
     def write(self, block: KVBlock, key: BlockKey) -> Location:
         """Keep a block and say where its bytes are. All or nothing: after an error nothing is kept.
