@@ -223,7 +223,7 @@ def _entry(path: str, methods: Sequence[str] | None = None, head: str = "###") -
     source = _Source(value)
     helps = {field.name: field.metadata.get("help", "") for field in attrs.fields(value)} if attrs.has(value) else {}
     fields = []
-    for field, text in source.fields:
+    for field, text in () if "\nAttributes:\n" in parts[-1] else source.fields:  # they are explained already
         said = " ".join((text or helps.get(field.partition(":")[0], "")).split())
         fields.append(f"- `{field}`: {said}" if said else f"- `{field}`")
     parts += ["Fields:\n", *fields, ""] if fields else []

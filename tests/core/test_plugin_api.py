@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import re
 import stat
 from unittest import mock
 
@@ -9,6 +11,7 @@ import pytest
 import torch
 from transformers import Gemma3TextConfig, LlamaConfig, LlamaForCausalLM
 
+import ollm.plugin
 from ollm import disk_cache
 from ollm.errors import AmbiguousStrategyError, PluginError, StorageError, UnknownStrategyError
 from ollm.plugin import (
@@ -34,6 +37,25 @@ class OneSegment(SegmentedStore):
 
     def place(self, key, layout):
         return 3, None
+
+
+def records():
+    """Every class of the contracts that has fields or attributes, with their names."""
+    for name in ollm.plugin.__all__:
+        value = getattr(ollm.plugin, name)
+        if inspect.isclass(value) and value.__module__.startswith("ollm.contracts"):
+            names = [field for field in inspect.get_annotations(value) if not field.startswith("_")]
+            if names:
+                yield pytest.param(value, names, id=name)
+
+
+@pytest.mark.parametrize(("record", "names"), [*records()])
+def test_help_says_what_every_field_means(record, names):
+    """An author who has a terminal and no browser asks `help`."""
+    _, _, attributes = inspect.getdoc(record).partition("Attributes:\n")
+    meanings = dict(re.findall(r"^    (\w+): (\S.*)$", attributes, re.MULTILINE))
+    assert [name for name in names if name not in meanings] == []
+    assert set(meanings) <= set(names), "a field that there is not"
 
 
 @pytest.fixture

@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import attrs
 import hypothesis.strategies as st
 import pytest
 from hypothesis import given
 
 from core.storage.golden_files import check_golden, fix_store_id, small_block
 from ollm.plugin import KVBlock
+from ollm.storage.kept import KeptEntry, extents_of
 from ollm.testing import KVStoreTests, PluginTests, assert_holds, read_extent, store_context, write_blocks
 from ollm.testing import random_block as block
+from ollm.testing.case import kept_layers
 from ollm_kv_journal.journal import JournalStore
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -33,6 +36,10 @@ class TestPlugin(PluginTests):
     project = Path(__file__).parents[2] / "packages" / "ollm-kv-journal"
 
 
+OF_TWO = {1: (0, 0), 2: None, 3: (2, 0)}
+"""Which rows of an extent of so many a batch of two stands for."""
+
+
 def append(store, table, tokens, *, rows=2, **place):
     """A frame behind a table."""
     start = table[-1].stop if table else 0
@@ -40,10 +47,16 @@ def append(store, table, tokens, *, rows=2, **place):
 
 
 def rows_of(store, table):
-    """The tokens of the frames of each row, as a commit writes them down."""
-    store.storage.commit(table, tokens=max((extent.stop for extent in table), default=0))
+    """The tokens of the frames of each row, as a commit writes them down. The batch has two rows now."""
+    layers = [
+        attrs.evolve(
+            layer, entries=tuple(KeptEntry(entry.extent, OF_TWO[entry.extent.key.rows]) for entry in layer.entries)
+        )
+        for layer in kept_layers(table)
+    ]
+    store.storage.commit(layers)
     content = json.loads((store.storage.path / "manifest.json").read_bytes())
-    return [tuple(frame[0] for frame in row["frames"]) for row in content["table"]]
+    return [tuple(frame[0] for frame in run["frames"]) for layer in content["layers"] for run in layer["runs"]]
 
 
 class Model:
@@ -125,7 +138,7 @@ def test_it_is_compacted_when_the_table_of_a_manifest_is_whoever_wrote_it(tmp_pa
             rows_of(store, table)
             store.close()
             store = make(folder, entries, keep=True)
-            assert list(store.storage.committed) == table
+            assert extents_of(store.storage.committed) == table
             store.adopt(table)
         append(store, table, tokens, rows=rows)
         model.flush(rows, tokens)
@@ -178,7 +191,7 @@ def test_a_bad_frame_is_noticed_and_costs_no_other(tmp_path, place):
         at = extent.location.offset - 4096 + place
         file.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
         again = make(tmp_path, keep=True)
-        again.adopt(again.storage.committed)
+        again.adopt(table)
         readable = []
         for other in table:
             try:

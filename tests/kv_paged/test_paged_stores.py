@@ -8,6 +8,7 @@ import attrs
 import pytest
 import torch
 
+from core.kv.test_interrupts import check_given_back
 from core.storage.golden_files import check_golden, fix_store_id, small_block
 from ollm.contracts.spill import SpillPlan
 from ollm.kv.history import LayerHistory
@@ -305,3 +306,9 @@ def test_the_files_have_the_bytes_that_were_written_down(tmp_path, monkeypatch, 
     store = make(tmp_path)
     fill(store)
     check_golden(store, GOLDEN / f"{name}.txt")
+
+
+@pytest.mark.parametrize("make", [make_paged, make_segmented, make_ring], ids=["paged", "segmented", "ring"])
+def test_what_an_interrupted_step_took_is_given_back(make, tmp_path):
+    """A slot that only the store, or only the storage, thought of as taken would be refused for ever."""
+    check_given_back(lambda folder: make(folder, 4) if make is not make_segmented else make(folder), tmp_path)

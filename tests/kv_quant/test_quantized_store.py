@@ -13,9 +13,11 @@ from ollm.errors import NonFiniteError
 from ollm.kv.history import LayerHistory
 from ollm.kv.session import KVSession
 from ollm.plugin import BlockKey, KVBlock
+from ollm.storage.kept import extents_of
 from ollm.testing import KVStoreTests, PluginTests, read_extent, store_context, write_blocks
 from ollm.testing import random_block as block
 from ollm.testing.blocks import read_raw
+from ollm.testing.case import commit
 from ollm_kv_quant import REPRESENTATIONS
 from ollm_kv_quant.codecs import codec
 from ollm_kv_quant.store import QuantizedStore
@@ -150,10 +152,10 @@ def test_what_was_committed_decodes_to_the_same_later(tmp_path, name):
     first = QuantizedStore(store_context(tmp_path, keep=True).storage(), codec(name))
     extents = write_blocks(first, [block(5, seed=1), block(3, seed=2)])
     before = [read_extent(first, extent) for extent in extents]
-    first.storage.commit(extents, tokens=8)
+    commit(first, extents)
     first.close()
     again = QuantizedStore(store_context(tmp_path, keep=True).storage(), codec(name))
-    assert again.storage.committed == tuple(extents)
+    assert extents_of(again.storage.committed) == extents
     again.adopt(extents)
     for extent, expected in zip(extents, before, strict=True):
         found = read_extent(again, extent)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import subprocess
 import sys
 import tomllib
@@ -89,6 +90,19 @@ def test_each_kind_has_the_name_that_was_chosen_for_it(tmp_path):
 def test_a_project_with_one_kind_is_a_whole_plugin(kind, tmp_path):
     render(tmp_path / "project", kinds=[kind])
     assert "passed" in kit_of(tmp_path / "project", "-k", "TestPlugin")
+
+
+def test_the_commands_of_the_docs_ask_nothing(tmp_path):
+    """Word for word, but for where the project goes."""
+    page = (ROOT / "docs" / "how-to" / "publish-a-plugin.md").read_text(encoding="utf-8")
+    (command,) = re.findall(r"^\$ copier (copy --defaults .*) my-plugin$", page, re.MULTILINE)
+    (kinds,) = re.findall(r"`(--data 'kinds=.*?')`", page)
+    for number, more in enumerate(("", kinds)):
+        words = shlex.split(f"{command} {more}")
+        run(sys.executable, "-m", "copier", *words, str(tmp_path / str(number)), cwd=ROOT, stdin=subprocess.DEVNULL)
+    assert (tmp_path / "0" / "src" / "acme_kv" / "store.py").is_file()
+    assert not (tmp_path / "1" / "src" / "acme_kv" / "store.py").exists()
+    assert (tmp_path / "1" / "src" / "acme_kv" / "choices.py").is_file()
 
 
 @pytest.mark.parametrize(

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hypothesis.strategies as st
+import pytest
 from hypothesis import given
 
 from ollm.builtin.spill import AutoSpill
-from ollm.contracts.spill import KVGeometry, MemorySnapshot
+from ollm.contracts.spill import KVGeometry, MemorySnapshot, SpillPlan
 from ollm.testing import SpillPolicyTests
 
 GIB = 2**30
@@ -46,3 +47,29 @@ def test_the_sizes_that_it_is_known_for():
     plan = AutoSpill().plan(KVGeometry(()), memory("cuda"), 20 * GIB)
     assert (plan.flush_tokens, plan.flush_bytes) == (64, 4 * 2**20)
     assert (plan.resident_bytes_device, plan.resident_bytes) == (8 * GIB, 12 * GIB)
+
+
+@pytest.mark.parametrize("hot", [64, 65, 1000])
+def test_a_plan_by_which_every_token_would_be_flushed_alone_is_refused(hot):
+    assert SpillPlan(flush_tokens=64, flush_bytes=2**20, hot_tokens=63).hot_tokens == 63
+    with pytest.raises(ValueError, match=f"hot_tokens={hot}: must be less than flush_tokens=64"):
+        SpillPlan(flush_tokens=64, flush_bytes=2**20, hot_tokens=hot)
+    with pytest.raises(ValueError, match="must be less than flush_tokens=64"):
+        SpillPlan.for_memory(memory(), 0, flush_tokens=64, flush_bytes=2**20, hot_tokens=hot)
+
+
+COUNTS = {
+    "flush_tokens": 1, "flush_bytes": 1, "hot_tokens": 0, "resident_bytes": 0, "resident_bytes_device": 0,
+    "read_buffers": 2,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "least"), COUNTS.items())
+def test_a_plan_takes_whole_numbers_that_are_not_too_small(name, least):
+    usual = {"flush_tokens": 16, "flush_bytes": 2**20}
+    assert getattr(SpillPlan(**{**usual, name: least}), name) == least
+    for wrong in (16.0, 2.5, True, "16", None):
+        with pytest.raises(TypeError, match=f"{name}=.*: must be a whole number"):
+            SpillPlan(**{**usual, name: wrong})
+    with pytest.raises(ValueError, match=name):
+        SpillPlan(**{**usual, name: least - 1})

@@ -7,7 +7,14 @@ from typing import Literal
 import attrs
 import pytest
 
-from ollm.contracts.options import NoOptions, OptionInfo, describe_options, option, structure_options
+from ollm.contracts.options import (
+    NoOptions,
+    OptionInfo,
+    describe_options,
+    format_parameters,
+    option,
+    structure_options,
+)
 from ollm.errors import ConfigurationError
 from ollm.storage.options import StorageOptions
 from ollm.units import ByteSize
@@ -119,6 +126,21 @@ def test_the_table_comes_from_the_class():
         OptionInfo("depth", "int", 2, "Levels."),
     )
     assert describe_options(NoOptions) == ()
+
+
+def test_a_folder_must_have_been_written_under_what_may_change_its_format():
+    """Whatever a store does not say otherwise of."""
+
+    @attrs.frozen(kw_only=True)
+    class Pages(StorageOptions):
+        page_tokens: int = option(64, help="Tokens per page.")
+        fan_out: tuple[int, ...] = option((2, 3), help="Of a tree.")
+        plain: str = "a field without a text"
+        hurry: bool = option(False, help="Whether to hurry.", changes_format=False)
+
+    options = structure_options(Pages, {"verify": "never", "page_tokens": "8", "hurry": True}, strategy="s")
+    assert format_parameters(options) == {"page_tokens": 8, "fan_out": [2, 3], "plain": "a field without a text"}
+    assert format_parameters(NoOptions()) == format_parameters(StorageOptions()) == {}
 
 
 @pytest.mark.parametrize(

@@ -229,3 +229,24 @@ def test_a_claim_may_be_released_while_another_one_is_made(monkeypatch):
     with watchdog(10):
         second = ledger.claim("second", 2 * GIB, device)
     assert ledger._claims == [second]
+
+
+@pytest.mark.parametrize(
+    "error", [FileNotFoundError(2, "No such file"), OSError(24, "Too many open files"), KeyError()]
+)
+def test_where_nobody_can_tell_what_is_free_that_is_said_and_nothing_is_claimed(monkeypatch, error):
+    """No `/proc/meminfo`, or no descriptor for it."""
+
+    def fails():
+        raise error
+
+    ledger = module.MemoryLedger()
+    monkeypatch.setattr(psutil, "virtual_memory", fails)
+    for ask in (
+        ledger.measure,
+        lambda device: ledger.claim("Buffers", 1, device),
+        lambda device: ledger.check("x", 1, device),
+    ):
+        with pytest.raises(MemoryLimitError, match="Cannot tell how much memory is free"):
+            ask(torch.device("cpu"))
+    assert ledger.try_claim("what is kept where there is room", 1, torch.device("cpu")) is None

@@ -81,8 +81,13 @@ def test_bytes_are_counted_once_though_pages_are_written_again(tmp_path, step):
     session.close()
 
 
-plans = st.builds(
-    SpillPlan, flush_tokens=st.integers(1, 300), flush_bytes=st.integers(1, 3000), hot_tokens=st.integers(0, 200)
+plans = st.integers(1, 300).flatmap(
+    lambda flush: st.builds(
+        SpillPlan,
+        flush_tokens=st.just(flush),
+        flush_bytes=st.integers(1, 3000),
+        hot_tokens=st.integers(0, min(flush - 1, 200)),
+    )
 )
 
 

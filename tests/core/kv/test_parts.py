@@ -15,7 +15,7 @@ import torch
 from hypothesis import given
 from torch import Tensor
 
-from core.storage.storage_fixtures import file_of, flip, open_storage, reopen
+from core.storage.storage_fixtures import commit, file_of, flip, open_storage, reopen
 from ollm.contracts.blocks import BlockKey, Extent, KVBlock
 from ollm.contracts.storage import Pieces
 from ollm.errors import CorruptDataError, StorageError
@@ -303,7 +303,7 @@ def test_a_damaged_piece_is_noticed_and_damage_elsewhere_is_not_read(
     block = numbers(1, 4, 256, 64, 64, torch.bfloat16)
     extent = write(storage, block)
     if is_reopened:
-        storage.commit([extent], tokens=256)
+        commit(storage, [extent])
         storage.close()
         storage = reopen(storage.path)
         storage.adopt([extent])

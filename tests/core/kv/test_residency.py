@@ -7,6 +7,7 @@ import torch
 
 from core.kv.engine_fixtures import ANY, EXTENT_BYTES, TOKENS, expected, extents_of, joined, make_session, tokens, walk
 from ollm.contracts.blocks import BlockKey, Extent, KVBlock, Location
+from ollm.errors import MemoryLimitError
 from ollm.io.ledger import MemoryLedger
 from ollm.kv import residency as module
 from ollm.kv import route
@@ -184,3 +185,17 @@ def test_a_piece_that_cannot_be_made_gives_its_claim_back(tmp_path, monkeypatch)
     with pytest.raises(MemoryError):
         make_session(tmp_path, layers=1, extents=1, resident_bytes=2**24)
     assert ledger._claims == []
+
+
+def test_what_finds_no_memory_after_all_is_read_instead(tmp_path, monkeypatch):
+    """Copies are kept where there is room: that there is none is no error."""
+
+    def refuses(nbytes, **more):
+        raise MemoryLimitError("no more")
+
+    monkeypatch.setattr(module, "aligned_buffer", refuses)
+    session, layers = make_session(tmp_path, layers=LAYERS, extents=EXTENTS, resident_bytes=2**30)
+    assert session.source.resident_bytes == 0
+    for index, layer in enumerate(layers):
+        assert torch.equal(joined(walk(layer), EXTENTS * TOKENS), expected(index, EXTENTS))
+    session.close()

@@ -13,11 +13,12 @@ from core.kv.engine_fixtures import EXTENT_BYTES, TOKENS, make_session, tokens, 
 from core.storage.storage_fixtures import open_storage
 from ollm.builtin.chunked import ChunkedStore
 from ollm.contracts.blocks import BlockKey, Extent, KVBlock, KVLayout, Location
-from ollm.errors import DiskFullError, StorageError
+from ollm.errors import CacheForkedError, DiskFullError, StorageError
 from ollm.io.buffers import HUGE_PAGE
 from ollm.io.ledger import ledger
 from ollm.kv import encoded
 from ollm.seam.cache import _close_all
+from ollm.testing.processes import in_child
 
 CPU = torch.device("cpu")
 
@@ -193,3 +194,33 @@ def test_a_record_whose_place_a_store_cannot_note_is_free_again(tmp_path):
     store.broken = False
     assert write().offset == 4096
     store.close()
+
+
+def test_a_child_closes_and_frees_nothing_of_its_parent_whatever_the_store_is(tmp_path):
+    """A store with files of its own need not know of processes: it is not asked there."""
+
+    class Mine(ChunkedStore):
+        touched = 0
+
+        def close(self):
+            Mine.touched += 1
+            super().close()
+
+        def free(self, locations):
+            Mine.touched += 1
+            super().free(locations)
+
+    session, layers = make_session(tmp_path, layers=1, extents=2, store_type=Mine)
+    branch = session.join()
+
+    def child():
+        for use in (session.join, session.raise_failed, lambda: layers[0].append(*tokens(1))):
+            with pytest.raises(CacheForkedError):
+                use()
+        session.leave(branch, functools.partial(_close_all, layers))
+        assert Mine.touched == 0
+
+    in_child(child)
+    session.leave(branch, functools.partial(_close_all, layers))
+    assert Mine.touched
+    assert list(tmp_path.iterdir()) == []

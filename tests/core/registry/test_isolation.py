@@ -45,12 +45,6 @@ BROKEN = {
         PLACEMENTS + f"return [{GOOD}]",
         "placement 'a': `facts` are for KV stores only",
     ),
-    "a placement with options": (
-        "import attrs\n@attrs.frozen\nclass Some:\n    depth: int = 3\n"
-        + PLACEMENTS
-        + "return [Strategy(name='a', summary='s', build=build, options=Some)]",
-        "offload placement 'a': `options` are for KV stores only, nobody could set them",
-    ),
     "a bad name": (HOOK + "return [Strategy(name='A B', summary='s', build=build)]", "name='A B': use lower-case"),
     "no summary": (HOOK + "return [Strategy(name='a', summary='', build=build)]", "ValueError: .*summary"),
     "nothing to build with": (HOOK + "return [Strategy(name='a', summary='s', build=7)]", "build"),
@@ -157,3 +151,16 @@ def test_options_without_help_get_a_warning(installer):
     assert installer.report("acme-kv").warnings == (
         "option 'depth' of 'a' has no help text: make it with `ollm.plugin.option`",
     )
+
+
+def test_options_that_nobody_can_set_get_a_warning(installer):
+    """They were allowed before: the plugin goes on with their defaults."""
+    installer.install(
+        "acme-place",
+        "import attrs\n@attrs.frozen\nclass Some:\n    depth: int = 3\n"
+        + PLACEMENTS
+        + "return [Strategy(name='a', summary='s', build=build, options=Some)]",
+    )
+    report = installer.report("acme-place")
+    assert report.status is Status.LOADED
+    assert report.warnings == ("option 'depth' of 'a' keeps its default: only options of KV stores can be set",)

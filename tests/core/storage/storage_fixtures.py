@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -13,9 +13,11 @@ import torch
 from ollm.contracts.blocks import BlockKey, Extent, KVBlock, KVLayout
 from ollm.io.buffers import aligned_buffer
 from ollm.storage.folder import CacheFolder
+from ollm.storage.kept import extents_of
 from ollm.storage.options import StorageOptions
 from ollm.storage.records import run_span
 from ollm.storage.segments import SegmentedStorage
+from ollm.testing.case import kept_layers
 
 DIRECTORY = "kv_cache_test"
 
@@ -86,6 +88,16 @@ def get_pieces(storage: SegmentedStorage, extent: Extent, start: int, stop: int)
 def locations(*extents: Extent) -> Sequence[object]:
     """Where they are, as `free` wants it."""
     return [extent.location for extent in extents]
+
+
+def commit(storage: SegmentedStorage, extents: Iterable[Extent], **more: bool) -> None:
+    """Commit layers that have these extents, and lost nothing."""
+    storage.commit(kept_layers(extents), **more)
+
+
+def committed_extents(storage: SegmentedStorage) -> tuple[Extent, ...]:
+    """What the last commit listed."""
+    return tuple(extents_of(storage.committed))
 
 
 def file_of(storage: SegmentedStorage, segment: int = 0) -> Path:

@@ -20,6 +20,8 @@ from hypothesis import given
 from core.storage.storage_fixtures import (
     DIRECTORY,
     block_of,
+    commit,
+    committed_extents,
     file_of,
     flip,
     get,
@@ -32,11 +34,20 @@ from core.storage.storage_fixtures import (
     tree,
 )
 from ollm.contracts.blocks import BlockKey, Extent, KVBlock, Location
-from ollm.errors import CacheBusyError, CacheClosedError, CacheForkedError, CorruptDataError, StorageError
+from ollm.errors import (
+    CacheBusyError,
+    CacheClosedError,
+    CacheForkedError,
+    CorruptDataError,
+    StorageError,
+    StoreContractError,
+)
 from ollm.io import shim
 from ollm.io.buffers import ALIGNMENT
 from ollm.io.shim import Disk
 from ollm.storage import manifest, records
+from ollm.storage.folder import CacheFolder
+from ollm.storage.kept import KeptEntry, KeptLayer
 from ollm.storage.records import record_span
 from ollm.storage.segments import SegmentedStorage
 from ollm.testing.case import some
@@ -65,7 +76,7 @@ def filled(storage: SegmentedStorage, count: int = 3, *, segment: int = 0) -> li
 def committed(storage: SegmentedStorage, count: int = 3) -> list[Extent]:
     """The same, committed, and the storage closed."""
     extents = filled(storage, count)
-    storage.commit(extents, tokens=count)
+    commit(storage, extents)
     storage.close()
     return extents
 
@@ -73,8 +84,8 @@ def committed(storage: SegmentedStorage, count: int = 3) -> list[Extent]:
 def adopted(path: Path, **options: Any) -> tuple[SegmentedStorage, tuple[Extent, ...]]:
     """A storage that goes on from the last commit, and what that lists."""
     storage = reopen(path, **options)
-    storage.adopt(storage.committed)
-    return storage, storage.committed
+    storage.adopt(committed_extents(storage))
+    return storage, committed_extents(storage)
 
 
 def test_what_was_committed_is_found_again_cut_extents_as_they_are(storage: SegmentedStorage) -> None:
@@ -82,9 +93,9 @@ def test_what_was_committed_is_found_again_cut_extents_as_they_are(storage: Segm
     block = KVBlock(block.keys.expand(1, 1, 4, 1), block.values.expand(1, 1, 4, 99))
     first = Extent(key, block.layout, storage.write(block, key, segment=0), visible=3)
     second = put(storage, payload(1), branch=1, start=3)
-    other = put(storage, payload(2), segment=7, layer=2, branch=3, start=1)
-    storage.commit([first, second, other], tokens=4)
-    assert storage.committed == (first, second, other)
+    other = put(storage, payload(2), segment=7, layer=2, branch=3)
+    commit(storage, [first, second, other])
+    assert committed_extents(storage) == (first, second, other)
     storage.close()
     again, found = adopted(storage.path)
     assert found == (first, second, other)
@@ -95,7 +106,7 @@ def test_what_was_committed_is_found_again_cut_extents_as_they_are(storage: Segm
 
 
 def test_a_new_storage_has_committed_nothing(storage: SegmentedStorage) -> None:
-    assert storage.committed == ()
+    assert committed_extents(storage) == ()
     put(storage, b"not committed")
     storage.close()
     again, found = adopted(storage.path)
@@ -108,10 +119,11 @@ def test_a_new_storage_has_committed_nothing(storage: SegmentedStorage) -> None:
 def test_a_commit_takes_the_place_of_the_one_before(storage: SegmentedStorage) -> None:
     extents = filled(storage, 4)
     for count in (4, 1, 3):
-        storage.commit(extents[:count], tokens=count)
-        assert storage.committed == tuple(extents[:count])
+        commit(storage, extents[:count])
+        assert committed_extents(storage) == tuple(extents[:count])
         raw = json.loads((storage.path / "manifest.json").read_bytes())
-        assert (raw["tokens"], len(raw["table"][0]["frames"])) == (count, count)
+        (layer,) = raw["layers"]
+        assert (layer["tokens"], len(layer["runs"][0]["frames"])) == (count, count)
     storage.close()
     assert reopened_table(storage.path) == tuple(extents[:3])
 
@@ -119,23 +131,52 @@ def test_a_commit_takes_the_place_of_the_one_before(storage: SegmentedStorage) -
 def reopened_table(path: Path) -> tuple[Extent, ...]:
     storage = reopen(path)
     storage.close()
-    return storage.committed
+    return committed_extents(storage)
 
 
 def test_the_checksum_in_the_manifest_is_that_of_the_header(storage: SegmentedStorage) -> None:
     (extent,) = filled(storage, 1)
-    storage.commit([extent], tokens=1)
-    (frame,) = json.loads((storage.path / "manifest.json").read_bytes())["table"][0]["frames"]
+    commit(storage, [extent])
+    (frame,) = json.loads((storage.path / "manifest.json").read_bytes())["layers"][0]["runs"][0]["frames"]
     header = file_of(storage).read_bytes()[: 68 + 2 * 8]
     assert frame == [1, 1, 100, f"{int.from_bytes(header[-8:], 'little'):016x}"]
 
 
+def test_a_window_and_a_batch_that_was_reordered_are_found_again(storage: SegmentedStorage) -> None:
+    """What left a window is not listed, and rows that stand for others are."""
+    sinks, first, second = (put(storage, payload(start), start=start) for start in (0, 7, 8))
+    layer = KeptLayer(0, (KeptEntry(sinks, (0, 0)), KeptEntry(first, (0, 0)), KeptEntry(second, (0, 0))), 9, 7)
+    empty = KeptLayer(2, (), 9, 9)
+    storage.commit([layer, empty])
+    storage.close()
+    again = reopen(storage.path)
+    assert again.committed == (layer, empty)
+    again.adopt(committed_extents(again))
+    assert [get(again, extent) for extent in (sinks, first, second)] == [payload(start) for start in (0, 7, 8)]
+    again.close()
+
+
+def test_another_number_of_visible_tokens_is_noticed(storage: SegmentedStorage) -> None:
+    """Nothing else would tell that the last extent was not cut there."""
+    block, key = block_of(payload(0)), BlockKey(layer=0, branch=0, start=0, tokens=4, rows=1)
+    block = KVBlock(block.keys.expand(1, 1, 4, 1), block.values.expand(1, 1, 4, 99))
+    extent = Extent(key, block.layout, storage.write(block, key, segment=0), visible=3)
+    commit(storage, [extent])
+    storage.close()
+    path = storage.path / "manifest.json"
+    changed = path.read_bytes().replace(b"[4,3,", b"[4,2,").replace(b'"tokens":3', b'"tokens":2')
+    assert changed != path.read_bytes()
+    path.write_bytes(changed)
+    with pytest.raises(CorruptDataError, match="was changed"):
+        reopen(storage.path)
+
+
 def test_commits_are_compacted_as_the_storage_was_told(tmp_path: Path) -> None:
-    for compact_from, rows in ((1, 1), (4, 1), (5, 4)):
+    for compact_from, runs in ((1, 1), (4, 1), (5, 4)):
         storage = open_storage(tmp_path, keep=True, compact_from=compact_from)
         extents = filled(storage, 4)
-        storage.commit(extents, tokens=4)
-        assert len(json.loads((storage.path / "manifest.json").read_bytes())["table"]) == rows
+        commit(storage, extents)
+        assert len(json.loads((storage.path / "manifest.json").read_bytes())["layers"][0]["runs"]) == runs
         storage.close()
         assert reopened_table(storage.path) == tuple(extents)
 
@@ -144,7 +185,7 @@ def test_live_bytes_are_never_overwritten_after_reopening(storage: SegmentedStor
     """A hole between two records is used again; what was written goes around those that are there."""
     extents = filled(storage, 5)
     storage.free(locations(extents[1], *extents[3:]))
-    storage.commit(extents[:1], tokens=1)
+    commit(storage, extents[:1])
     storage.close()
     again, kept = reopen(storage.path), [extents[0], extents[2]]
     again.adopt(kept)
@@ -185,7 +226,7 @@ def test_stores_that_go_on_from_each_other_grow_and_commit(storage: SegmentedSto
         again, found = adopted(storage.path)
         assert found == tuple(extents)
         extents.append(put(again, payload(life), start=life))
-        again.commit(extents, tokens=life + 1)  # most of it was never read here
+        commit(again, extents)  # most of it was never read here
         again.close()
     again, found = adopted(storage.path)
     assert [get(again, extent) for extent in found] == [payload(life) for life in range(4)]
@@ -200,10 +241,10 @@ def test_what_was_adopted_without_a_commit_can_be_committed(storage: SegmentedSt
     again.adopt(extents)
     flip(file_of(again), 8 * BLOCK + 100)
     with pytest.raises(CorruptDataError, match="cannot be trusted"):
-        again.commit(extents, tokens=2)
-    assert again.committed == ()
+        commit(again, extents)
+    assert committed_extents(again) == ()
     flip(file_of(again), 8 * BLOCK + 100)
-    again.commit(extents, tokens=2)
+    commit(again, extents)
     again.close()
     assert reopened_table(storage.path) == tuple(extents)
 
@@ -212,7 +253,7 @@ def test_kill_9_behind_a_commit_leaves_the_commit(tmp_path: Path) -> None:
     def live() -> None:
         storage = open_storage(tmp_path, keep=True)
         extents = filled(storage)
-        storage.commit(extents, tokens=3, durable=True)
+        commit(storage, extents, durable=True)
         for number in range(3, 9):
             put(storage, payload(number), start=number)
         os.kill(os.getpid(), signal.SIGKILL)
@@ -228,15 +269,15 @@ def test_kill_9_behind_a_commit_leaves_the_commit(tmp_path: Path) -> None:
 
 def test_a_commit_of_what_is_not_there_changes_nothing(storage: SegmentedStorage) -> None:
     extents = filled(storage, 2)
-    storage.commit(extents, tokens=2)
+    commit(storage, extents)
     storage.free(locations(extents[1]))
     elsewhere = attrs.evolve(extents[1], location=attrs.evolve(extents[1].location, segment=9))
     for table in (extents, [extents[0], elsewhere]):
         with pytest.raises(CorruptDataError, match=r"is not in this storage|no segment 9"):
-            storage.commit(table, tokens=2)
+            commit(storage, table)
     gap = put(storage, b"x", start=7)
     with pytest.raises(CorruptDataError, match="leave a gap"):
-        storage.commit([extents[0], gap], tokens=8)
+        commit(storage, [extents[0], gap])
     storage.close()
     assert reopened_table(storage.path) == tuple(extents)
 
@@ -245,14 +286,14 @@ def test_a_closed_storage_and_a_forked_child_commit_and_adopt_nothing(storage: S
     extents = filled(storage, 1)
 
     def use() -> None:
-        for action in (lambda: storage.commit(extents, tokens=1), lambda: storage.adopt(extents)):
+        for action in (lambda: commit(storage, extents), lambda: storage.adopt(extents)):
             with pytest.raises(CacheForkedError):
                 action()
 
     in_child(use)
-    storage.commit(extents, tokens=1)
+    commit(storage, extents)
     storage.close()
-    for action in (lambda: storage.commit(extents, tokens=1), lambda: storage.adopt(extents)):
+    for action in (lambda: commit(storage, extents), lambda: storage.adopt(extents)):
         with pytest.raises(CacheClosedError):
             action()
 
@@ -279,6 +320,17 @@ def test_another_strategy_or_other_parameters_are_refused(
         reopen(storage.path, **options)
     assert tree(storage.path) == before
     adopted(storage.path)[0].close()
+
+
+def test_options_that_change_no_byte_do_not_matter(tmp_path: Path) -> None:
+    """And those that do are compared as they come back from JSON, which has no tuples."""
+    parameters = {"sizes": (1, 2), "page_tokens": None}
+    folder = CacheFolder.create(tmp_path, DIRECTORY, keep=True)
+    storage = SegmentedStorage(folder, strategy="test", parameters=parameters)
+    extents = committed(storage)
+    again, found = adopted(storage.path, parameters=parameters, verify="never", max_disk_bytes=2**20, min_free_bytes=1)
+    assert found == tuple(extents)
+    again.close()
 
 
 @pytest.mark.parametrize(
@@ -323,7 +375,7 @@ def test_a_sound_record_that_was_exchanged_is_noticed_by_the_checksum_in_the_man
     older = file_of(storage).read_bytes()
     storage.free(locations(extent))
     assert put(storage, payload(77)) == extent
-    storage.commit([extent], tokens=1)
+    commit(storage, [extent])
     storage.close()
     newer = file_of(storage).read_bytes()
     for content, expected in ((newer, payload(77)), (older, None)):
@@ -373,6 +425,70 @@ def test_a_file_that_is_gone_is_refused(storage: SegmentedStorage) -> None:
         again.adopt(extents)
     assert not file_of(again).exists(), "and it is not made"
     again.close()
+
+
+def test_after_an_attempt_that_failed_nothing_of_it_is_written_to(storage: SegmentedStorage) -> None:
+    """A file that it had opened, and that the next attempt does not keep, is gone, not written to without a name."""
+    extents = committed(storage, 2)
+    other = attrs.evolve(extents[0], location=attrs.evolve(extents[0].location, segment=3))
+    before, again = len(os.listdir("/proc/self/fd")), reopen(storage.path)
+    held = len(os.listdir("/proc/self/fd"))
+    with pytest.raises(CorruptDataError, match="no segment 3"):
+        again.adopt([*extents, other])
+    assert len(os.listdir("/proc/self/fd")) == held
+    again.adopt(())
+    new = put(again, b"new")
+    assert file_of(again).stat().st_size == BLOCK
+    commit(again, [new])
+    again.close()
+    assert len(os.listdir("/proc/self/fd")) == before
+    again, found = adopted(storage.path)
+    assert [get(again, extent) for extent in found] == [b"new"]
+    again.close()
+
+
+def test_what_is_to_stay_is_adopted_once_before_anything_else(storage: SegmentedStorage) -> None:
+    """Else what was written meanwhile would be taken for free."""
+    extents = committed(storage, 2)
+    again, _ = adopted(storage.path)
+    with pytest.raises(StoreContractError, match="adopt what is to stay once"):
+        again.adopt(())
+    assert [get(again, extent) for extent in extents] == [payload(0), payload(1)]
+    again.close()
+    new = open_storage(storage.path.parent.parent)
+    extent = put(new, b"mine")
+    with pytest.raises(StoreContractError, match="adopt what is to stay once"):
+        new.adopt(())
+    assert get(new, extent) == b"mine"
+    new.close()
+
+
+@pytest.mark.parametrize("fails", ["replace", "lstat"])
+def test_a_storage_that_cannot_be_made_leaves_no_entry(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: str
+) -> None:
+    """Before its manifest is there, and just behind that."""
+    folder = CacheFolder.create(tmp_path, DIRECTORY, keep=True)
+
+    class Failing(Disk):
+        def replace(self, source: Path, target: Path) -> None:
+            self.fail("replace")
+            super().replace(source, target)
+
+        def lstat(self, path: Path) -> os.stat_result:
+            if Path(path).name == "manifest.json":
+                self.fail("lstat")
+            return super().lstat(path)
+
+        def fail(self, name: str) -> None:
+            if name == fails:
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shim, "disk", Failing())
+        with pytest.raises(StorageError):
+            SegmentedStorage(folder, strategy="test")
+    assert tree(tmp_path) == []
 
 
 FAR = 2**62
@@ -490,11 +606,11 @@ def test_a_durable_commit_syncs_the_files_then_the_manifest_then_its_name(
     disk = Watching()
     with monkeypatch.context() as patch:
         patch.setattr(shim, "disk", disk)
-        storage.commit([*extents, late], tokens=3, durable=True)
+        commit(storage, [*extents, late], durable=True)
         late_write = [("pwrite", "segment-000003.kv")] * (disk.steps[0][0] == "pwrite")  # it may have been quick
         assert disk.steps == late_write + durable_steps(storage)
         disk.steps.clear()
-        storage.commit([*extents, late], tokens=3)
+        commit(storage, [*extents, late])
         assert disk.steps == [("pwrite", "manifest.json.tmp"), ("replace", "manifest.json")], "not asked for, not done"
 
 
@@ -504,13 +620,13 @@ def test_whatever_step_of_a_durable_commit_fails_a_whole_commit_is_readable(
 ) -> None:
     """The old one; only where the very last step failed, the new one, all of which is on the medium but its name."""
     old = in_two_segments(storage)
-    storage.commit(old, tokens=2)
+    commit(storage, old)
     new = [*old, put(storage, payload(2), start=2)]
     with monkeypatch.context() as patch:
         disk = Watching(fails=step)
         patch.setattr(shim, "disk", disk)
         with pytest.raises(StorageError, match="Input/output error"):
-            storage.commit(new, tokens=3, durable=True)
+            commit(storage, new, durable=True)
     assert disk.steps == durable_steps(storage)[: step + 1]
     copy = storage.path.parent / "entry-0123456789abcdef"
     shutil.copytree(storage.path, copy)
@@ -518,7 +634,7 @@ def test_whatever_step_of_a_durable_commit_fails_a_whole_commit_is_readable(
     assert found == tuple(new if step == 5 else old)
     assert [get(again, extent) for extent in found] == [payload(number) for number in range(len(found))]
     again.close()
-    storage.commit(new, tokens=3)
+    commit(storage, new)
     assert reopened_copy(storage) == tuple(new)
 
 
@@ -537,14 +653,14 @@ def test_after_a_file_that_could_not_be_synced_nothing_is_said_to_be_durable(
     with monkeypatch.context() as patch:
         patch.setattr(shim, "disk", Watching(fails=step))
         with pytest.raises(StorageError):
-            storage.commit(extents, tokens=2, durable=True)
+            commit(storage, extents, durable=True)
     if step < 2:
         with pytest.raises(StorageError, match=r"An earlier fsync in .* failed"):
-            storage.commit(extents, tokens=2, durable=True)
-        assert storage.committed == ()
+            commit(storage, extents, durable=True)
+        assert committed_extents(storage) == ()
     else:
-        storage.commit(extents, tokens=2, durable=True)
-        assert storage.committed == tuple(extents)
+        commit(storage, extents, durable=True)
+        assert committed_extents(storage) == tuple(extents)
 
 
 def test_the_header_of_an_adopted_record_is_read_once(

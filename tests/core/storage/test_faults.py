@@ -12,7 +12,18 @@ from typing import Any
 
 import pytest
 
-from core.storage.storage_fixtures import DIRECTORY, get, get_pieces, locations, open_storage, put, reopen, tree
+from core.storage.storage_fixtures import (
+    DIRECTORY,
+    commit,
+    committed_extents,
+    get,
+    get_pieces,
+    locations,
+    open_storage,
+    put,
+    reopen,
+    tree,
+)
 from ollm.contracts.blocks import Extent
 from ollm.errors import DiskFullError, OllmError, StorageError
 from ollm.io import files, shim
@@ -69,8 +80,8 @@ def use(storage: SegmentedStorage, errors: list[BaseException]) -> None:
     attempt(lambda: storage.free(locations(freed)), errors)
     del model[freed]
     check()
-    attempt(lambda: storage.commit(model, tokens=len(model)), errors)
-    assert storage.committed == tuple(model)
+    attempt(lambda: commit(storage, model), errors)
+    assert committed_extents(storage) == tuple(model)
     write(b"d" * 20, 0)
     check()
 
@@ -236,7 +247,7 @@ def lives(cache_dir: Path, disk: FaultyDisk, tables: Tables, monkeypatch: pytest
                     before = tables[-1]
                     tables.append([*before, put(storage, b"%d" % life, segment=life, start=len(before))])
                     put(storage, b"not committed", segment=life, start=99)
-                    storage.commit(tables[-1], tokens=len(tables[-1]), durable=True)
+                    commit(storage, tables[-1], durable=True)
                     del tables[:-1]
             finally:
                 storage.close()
@@ -260,7 +271,7 @@ def test_one_fault_anywhere_loses_nothing_that_was_committed(
             assert tables == [[]], f"{where}: nothing is left"
             continue
         storage = reopen(entries[0])
-        table = list(storage.committed)
+        table = list(committed_extents(storage))
         assert table in tables, where
         storage.adopt(table)
         assert [get(storage, extent) for extent in table] == [b"0", b"0", b"1", b"1"][: len(table)], where

@@ -17,6 +17,8 @@ import pytest
 
 from core.storage.storage_fixtures import DIRECTORY, get, open_storage, process, put, tree
 from ollm.errors import CacheBusyError, CacheDirectoryError, ConfigurationError, StorageError
+from ollm.io import shim
+from ollm.io.shim import Disk
 from ollm.storage.folder import CacheFolder
 from ollm.testing.processes import in_child
 
@@ -287,6 +289,71 @@ def test_a_kept_folder_has_one_owner_at_a_time(tmp_path: Path) -> None:
         other.kill()
         other.wait()
     CacheFolder.open(made.path).close()
+
+
+def test_a_folder_that_was_not_to_be_kept_cannot_be_opened(tmp_path: Path) -> None:
+    """It would be taken for one that is kept, and removed by whoever comes next."""
+    with process(HOLD_A_FOLDER, tmp_path, DIRECTORY) as other:
+        dead = Path(other.stdout.readline().strip())
+        other.kill()
+    with pytest.raises(CacheDirectoryError, match=r"run-\w+ is no folder that is kept"):
+        CacheFolder.open(dead)
+    assert tree(dead) == ["lock"]
+
+
+def test_a_new_folder_that_is_given_up_is_removed_also_if_it_was_to_be_kept(tmp_path: Path) -> None:
+    for keep in (False, True):
+        folder = CacheFolder.create(tmp_path, DIRECTORY, keep=keep)
+        folder.give_up()
+        folder.give_up()
+        folder.close()
+        assert tree(tmp_path) == []
+    made = CacheFolder.create(tmp_path, DIRECTORY, keep=True)
+    made.close()
+    made.give_up()  # too late: it was closed
+    CacheFolder.open(made.path).give_up()  # not new
+    assert made.path.is_dir()
+
+
+def test_the_name_of_a_folder_that_is_kept_is_on_the_medium_and_those_above_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a durable commit in it may not be found after the power was cut."""
+    synced: list[Path] = []
+
+    class Watching(Disk):
+        def fsync_folder(self, path: Path) -> None:
+            assert path.is_dir()
+            synced.append(path)
+            super().fsync_folder(path)
+
+    monkeypatch.setattr(shim, "disk", Watching())
+    cache_dir = tmp_path / "new" / "cache"
+    CacheFolder.create(cache_dir, DIRECTORY).close()
+    assert synced == [], "not asked for, not done"
+    shutil.rmtree(tmp_path / "new")
+    kept = CacheFolder.create(cache_dir, DIRECTORY, keep=True)
+    assert set(synced) == {kept.path.parent, cache_dir, tmp_path / "new", tmp_path}
+    kept.close()
+    synced.clear()
+    CacheFolder.create(cache_dir, DIRECTORY, keep=True).close()
+    assert set(synced) == {kept.path.parent, cache_dir}, "whoever made them may not have synced them"
+
+
+@pytest.mark.parametrize("umask", [0o000, 0o777], ids=oct)
+def test_a_cache_dir_that_is_made_is_private_whatever_the_umask_and_one_that_is_there_stays_as_it_is(
+    open_to_all: Path, umask: int
+) -> None:
+    def check() -> None:
+        become_ordinary()
+        os.umask(umask)
+        for cache_dir in (open_to_all / "new" / "cache", open_to_all):
+            CacheFolder.create(cache_dir, DIRECTORY).close()
+        modes = {path.name: stat.S_IMODE(path.lstat().st_mode) for path in open_to_all.rglob("*")}
+        assert modes == {"new": 0o700, "cache": 0o700}
+        assert stat.S_IMODE(open_to_all.lstat().st_mode) == 0o777
+
+    in_child(check)
 
 
 def test_an_attempt_to_open_a_busy_folder_leaves_no_file_open(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from core.storage.storage_fixtures import DIRECTORY, open_storage, put, reopen, tree
+from core.storage.storage_fixtures import DIRECTORY, commit, open_storage, put, reopen, tree
 from ollm.contracts.blocks import Extent
 from ollm.errors import CacheDirectoryError, StorageError
 from ollm.storage.folder import CacheFolder
@@ -286,7 +286,7 @@ def committed(tmp_path: Path) -> tuple[Path, Extent]:
     """A folder with one record that a commit lists."""
     storage = open_storage(tmp_path / "cache", keep=True)
     extent = put(storage, b"ours")
-    storage.commit([extent], tokens=1)
+    commit(storage, [extent])
     storage.close()
     return storage.path, extent
 

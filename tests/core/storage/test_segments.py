@@ -270,6 +270,21 @@ def test_max_disk_bytes_is_kept_and_named(tmp_path: Path) -> None:
     put(storage, b"c")
 
 
+def test_a_hole_that_a_record_leaves_counts_and_one_that_it_fills_does_not(tmp_path: Path) -> None:
+    """What is between counts as used: `at` may lie behind the end of the file, or between two records."""
+    storage = open_storage(tmp_path, max_disk_bytes=6 * ALIGNMENT)
+    first = put(storage, b"a", at=0)
+    with pytest.raises(DiskFullError, match=r"need 20\.0 KiB more in .*, but 8\.0 KiB of max_disk_bytes=24\.0 KiB"):
+        put(storage, b"b", at=4 * ALIGNMENT + ALIGNMENT)
+    last = put(storage, b"b", at=4 * ALIGNMENT)
+    assert storage.stats().disk_bytes == 6 * ALIGNMENT
+    middle = put(storage, b"c", at=2 * ALIGNMENT)
+    assert [get(storage, extent) for extent in (first, middle, last)] == [b"a", b"c", b"b"]
+    with pytest.raises(DiskFullError):
+        put(storage, b"d")
+    storage.close()
+
+
 def test_min_free_bytes_is_kept_and_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class AlmostFull(FaultyDisk):
         def free_bytes(self, path: Path) -> int:

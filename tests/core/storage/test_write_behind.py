@@ -10,7 +10,16 @@ from concurrent.futures import wait
 import pytest
 
 from core.interrupts import interrupted
-from core.storage.storage_fixtures import get, get_pieces, locations, open_storage, put, read_raw
+from core.storage.storage_fixtures import (
+    commit,
+    committed_extents,
+    get,
+    get_pieces,
+    locations,
+    open_storage,
+    put,
+    read_raw,
+)
 from ollm.errors import DiskFullError, StorageError
 from ollm.io import shim
 from ollm.io.scheduler import scheduler_of
@@ -181,11 +190,11 @@ def test_a_commit_waits_for_what_is_being_written_and_says_if_it_failed(tmp_path
     extent = put(storage, b"wanted", flush=False)
     disk.opened.set()
     with pytest.raises(StorageError, match="Input/output error"):
-        storage.commit([extent], tokens=1)
-    assert storage.committed == ()
+        commit(storage, [extent])
+    assert committed_extents(storage) == ()
     disk.code = None
-    storage.commit([extent], tokens=1)
-    assert storage.committed == (extent,)
+    commit(storage, [extent])
+    assert committed_extents(storage) == (extent,)
     assert storage.stats().bytes_written == 8192
     storage.close()
 

@@ -226,12 +226,22 @@ def touch(path):
     os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns + 1))
 
 
+def overwrite(path):
+    """In place, and the time set back, as `rsync --inplace --times` does."""
+    status = path.stat()
+    with path.open("r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        file.write(b"x")
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert (path.stat().st_size, path.stat().st_mtime_ns) == (status.st_size, status.st_mtime_ns)
+
+
 def grow(path):
     with path.open("ab") as file:
         file.write(b"x")
 
 
-@pytest.mark.parametrize("change", [replace, touch, grow, os.unlink])
+@pytest.mark.parametrize("change", [replace, touch, overwrite, grow, os.unlink])
 def test_a_file_that_was_changed_is_noticed(sharded, change):
     found = Checkpoint.open(sharded)
     found.check_identity()

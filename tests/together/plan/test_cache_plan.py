@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
@@ -19,6 +20,7 @@ from ollm.plan import BlockVerdict, CacheRequest, ModelFacts, plan_cache
 from ollm.plan.cache import piece_tokens
 from ollm.registry import Kind, registry
 from ollm.seam.geometry import decoder_config
+from ollm.testing.processes import in_child
 from ollm.testing.purity import no_side_effects
 from together.tiny_models import make_model
 
@@ -276,3 +278,27 @@ def test_pieces_are_as_long_as_memory_allows(per_token, free, tokens):
 
 def test_how_long_pieces_are_can_be_asked_for():
     assert plan(dense_projection_chunk_rows=7).piece_tokens == 7
+
+
+def test_a_relative_cache_dir_needs_a_working_directory(tmp_path):
+    def child():
+        (tmp_path / "here").mkdir()
+        os.chdir(tmp_path / "here")
+        (tmp_path / "here").rmdir()
+        with pytest.raises(ConfigurationError, match=r"cache_dir='kv': there is no working directory"):
+            plan(cache_dir="kv")
+        assert plan(cache_dir="/kv").directory.is_absolute()
+
+    in_child(child)
+
+
+@pytest.mark.parametrize(("free", "total"), [(FREE, 16 * GIB), (GPU, 20 * GIB)])
+def test_a_budget_beyond_all_memory_is_taken_for_all_of_it_and_said_to_be(free, total):
+    for budget in ("100TB", total + 1):
+        made = plan(free, ram_budget=budget)
+        assert made.spill == plan(free, ram_budget=total).spill
+        assert made.memory.resident_host + made.memory.resident_device <= total
+        (warning,) = made.warnings
+        assert "is more memory than there is" in warning
+        assert warning in str(made)
+    assert plan(free, ram_budget=total).warnings == ()

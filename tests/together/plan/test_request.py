@@ -148,3 +148,32 @@ def test_a_wrong_value_says_where_it_is(tmp_path, sources, message):
 
 def test_every_field_has_a_text_for_help():
     assert [field.name for field in attrs.fields(CacheRequest) if not field.metadata.get("help")] == []
+
+
+@pytest.mark.parametrize(
+    ("cache_dir", "problem"),
+    [
+        ("a\0b", "such a character"),
+        ("\ud800", "such a character"),
+        ("~nobody-has-this-name/kv", "nobody knows where that home is"),
+        (b"kv", "give a path as text"),
+        (7, "cache_dir=7"),
+        (["kv"], "cache_dir="),
+    ],
+)
+def test_a_cache_dir_that_is_no_path_is_refused(cache_dir, problem):
+    with pytest.raises(ConfigurationError, match=problem):
+        CacheRequest.from_arguments(cache_dir=cache_dir)
+
+
+def test_a_home_is_found_wherever_the_path_was_written_down(tmp_path, monkeypatch):
+    """No shell has seen a file, or an argument."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for request in (
+        CacheRequest.from_arguments(cache_dir="~/kv"),
+        CacheRequest.from_arguments(cache_dir=Path("~/kv")),
+        settings(tmp_path, environment={"OLLM_CACHE_DIR": "~/kv"}),
+        settings(tmp_path, toml='cache_dir = "~/kv"'),
+    ):
+        assert request.cache_dir == str(tmp_path / "kv")
+    assert CacheRequest.from_arguments(cache_dir="./~/kv").cache_dir == "./~/kv"

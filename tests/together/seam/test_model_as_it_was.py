@@ -154,7 +154,7 @@ def test_a_foreign_wrapper_over_ours_goes_on_alone(own, tmp_path):
             with cache_for(own, tmp_path, dense_projection_chunk_rows=4) as cache:
                 assert_close(own(IDS, past_key_values=cache).logits, expected)
         assert layer.forward is theirs
-        assert len(calls) > 5
+        assert len(calls) == 2, "prompts go through it whole"
         layer.forward = ours  # as whoever wraps takes his wrapper off
         assert torch.equal(own(IDS).logits, expected)
 

@@ -34,6 +34,7 @@ class SQLiteStore(KVStore):
                 self._database.execute("PRAGMA journal_mode = MEMORY")
                 self._database.execute("PRAGMA synchronous = OFF")
                 self._database.execute(_TABLE)
+                self._is_open = True
         except BaseException:
             folder.close()
             raise
@@ -73,12 +74,17 @@ class SQLiteStore(KVStore):
 
     def close(self):
         with self._sqlite("close"):
-            self._database.close()
-            self._folder.close()
+            self._is_open = False
+            try:
+                self._database.close()
+            finally:  # else nobody else could use it
+                self._folder.close()
 
     def stats(self):
+        pages = 0
         with self._sqlite("look into"):
-            (pages,) = self._database.execute("PRAGMA page_count").fetchone()
+            if self._is_open:
+                (pages,) = self._database.execute("PRAGMA page_count").fetchone()
         return StoreStats(disk_bytes=pages * _PAGE, bytes_written=self._written, bytes_read=self._read)
 
     def _delete(self, numbers):
@@ -99,5 +105,8 @@ class SQLiteStore(KVStore):
 
 
 def _what(key, layout):
-    """Which block a row holds, for people too."""
-    return f"{key} {layout}"
+    """Which block a row holds, for people too. Other versions of ollm must find the same text here."""
+    return (
+        f"layer {key.layer}, branch {key.branch}, tokens {key.start}..{key.start + key.tokens}, {key.rows} rows, "
+        f"{layout.kv_heads} heads of {layout.key_size}+{layout.value_size} {layout.dtype_name}"
+    )

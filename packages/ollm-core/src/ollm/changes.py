@@ -9,6 +9,7 @@ method itself there, a hook does nothing. Knows modules and attributes; not tran
 from __future__ import annotations
 
 import functools
+import os
 import threading
 import weakref
 from collections.abc import Callable
@@ -27,6 +28,16 @@ Change = Callable[[], Callable[[], None]]
 """Makes a change, and returns what undoes it."""
 
 _lock = threading.RLock()  # whoever is collected undoes its changes in any thread, and perhaps in the midst of another
+
+
+def _begin_child() -> None:
+    """Right behind a fork, in the child: a thread of the parent that held the lock would never give it back."""
+    global _lock
+    _lock = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_begin_child)
 
 
 class _Handle(Protocol):

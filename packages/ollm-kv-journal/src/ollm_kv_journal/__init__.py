@@ -35,6 +35,7 @@ class JournalOptions(StorageOptions):
         64,
         help="A journal's table that has so many entries is compacted: those that are contiguous become one.",
         validator=_at_least(2),
+        changes_format=False,
     )
 
 
@@ -43,7 +44,10 @@ class TieredOptions(JournalOptions):
     """Options of `tiered-write-back`."""
 
     write_buffers: int = option(
-        8, help="Records of up to 8 MiB that may wait to be written; then appending waits.", validator=_at_least(1)
+        8,
+        help="Records of up to 8 MiB that may wait to be written; then appending waits.",
+        validator=_at_least(1),
+        changes_format=False,
     )
 
 

@@ -44,7 +44,10 @@ class SegmentedOptions(StorageOptions):
     """Options of `streamed-segmented`."""
 
     segment_bytes: ByteSize = option(
-        ByteSize(256 * 2**20), help="A file that has reached this size is followed by another.", validator=_positive
+        ByteSize(256 * 2**20),
+        help="A file that has reached this size is followed by another.",
+        validator=_positive,
+        changes_format=False,
     )
 
 

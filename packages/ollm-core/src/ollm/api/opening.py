@@ -8,11 +8,11 @@ import logging
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
-import cattrs
 import torch
 
 from ollm.api.facts import decoder_layers, try_blocks
 from ollm.contracts.kv import KVStore
+from ollm.contracts.options import format_parameters
 from ollm.contracts.strategy import KVBuildContext
 from ollm.errors import PluginError
 from ollm.io.devices import is_accelerator
@@ -100,7 +100,7 @@ def _open_session(plan: CachePlan, undo: ExitStack) -> KVSession:
             folder(),
             strategy=plan.strategy,
             options=plan.options if isinstance(plan.options, StorageOptions) else None,
-            parameters=cattrs.unstructure(plan.options),
+            parameters=format_parameters(plan.options),
             write_buffers=write_buffers,
             compact_from=compact_from,
             pinned=is_accelerator(device),

@@ -20,7 +20,14 @@ for an extent, checking it and starting the kernel cost the same for a large one
 
 @attrs.frozen(cache_hash=True)
 class KVLayout:
-    """What turns the bytes of an extent back into tensors: dtype and shapes of one layer's keys and values."""
+    """What turns the bytes of an extent back into tensors: dtype and shapes of one layer's keys and values.
+
+    Attributes:
+        dtype: of keys and values alike.
+        kv_heads: heads of keys and values.
+        key_size: elements of a key.
+        value_size: elements of a value.
+    """
 
     dtype: torch.dtype
     kv_heads: int
@@ -53,14 +60,19 @@ class KVLayout:
 
 @attrs.frozen
 class KVBlock:
-    """Data: keys `[rows, kv_heads, tokens, key_size]` and values `[rows, kv_heads, tokens, value_size]`."""
+    """Data: keys and values of some tokens of one layer.
+
+    Attributes:
+        keys: `[rows, kv_heads, tokens, key_size]`.
+        values: `[rows, kv_heads, tokens, value_size]`.
+        key_scale: what all keys must be multiplied by. Attention multiplies few scores instead of many keys.
+        value_scale: the same for values.
+    """
 
     keys: Tensor
     values: Tensor
     key_scale: float = 1.0
-    """What all keys must be multiplied by. Attention multiplies few scores instead of many keys."""
     value_scale: float = 1.0
-    """The same for values."""
 
     @classmethod
     def empty(
@@ -89,44 +101,59 @@ class KVBlock:
 @attrs.frozen(cache_hash=True)
 class BlockKey:
     """Which block it is that a store writes. Not unique: after a crop a cache writes other tokens under a key that a
-    fork, or whoever still reads, goes on to have. What tells blocks apart is where they are."""
+    fork, or whoever still reads, goes on to have. What tells blocks apart is where they are.
+
+    Attributes:
+        layer: of the model.
+        branch: which of the caches over this store wrote it: 0 for the first, others for its forks, each another. A
+            hint of what is dropped together.
+        start: position of its first token in the sequence.
+        tokens: how many it holds.
+        rows: rows of the batch that it was written with. Core maps those of today onto them.
+    """
 
     layer: int
-    """Of the model."""
     branch: int
-    """Which of the caches over this store wrote it: 0 for the first, others for its forks, each another. A hint of what
-    is dropped together."""
     start: int
-    """Position of its first token in the sequence."""
     tokens: int
     rows: int
-    """Rows of the batch that it was written with. Core maps those of today onto them."""
 
 
 @attrs.frozen(cache_hash=True)
 class Location:
-    """Where the bytes of a block are, as its store says."""
+    """Where the bytes of a block are, as its store says.
+
+    Attributes:
+        nbytes: length of the bytes that `decode` takes.
+        segment: which file of the storage holds them; -1 when they are in none.
+        offset: where they begin in that file. A store without files numbers its blocks here: no two that were not
+            freed have the same location.
+        encoded: whether they are in an encoding of the store's own, so that no part of them means anything without
+            the rest.
+    """
 
     nbytes: int
-    """Length of the bytes that `decode` takes."""
     segment: int = -1
-    """Which file of the storage holds them; -1 when they are in none."""
     offset: int = -1
-    """Where they begin in that file. A store without files numbers its blocks here: no two that were not freed have the
-    same location."""
     encoded: bool = False
-    """Whether they are in an encoding of the store's own, so that no part of them means anything without the rest."""
 
 
 @attrs.frozen(cache_hash=True)
 class Extent:
-    """Where data is: one row of the table of a layer. Immutable; compared by value."""
+    """Where data is: one row of the table of a layer. Immutable; compared by value.
+
+    Attributes:
+        key: which block it is.
+        layout: its dtype and shapes.
+        location: where its bytes are.
+        visible: how many of its tokens still count, from the first: a crop inside an extent changes this and no
+            byte.
+    """
 
     key: BlockKey
     layout: KVLayout
     location: Location
     visible: int
-    """How many of its tokens still count, from the first: a crop inside an extent changes this and no byte."""
 
     @classmethod
     def of(cls, key: BlockKey, layout: KVLayout, location: Location) -> Extent:
@@ -149,15 +176,20 @@ class Extent:
 
 @attrs.frozen(kw_only=True)
 class StoreStats:
-    """Counters of a store. Sizes in bytes; counters since the store was made."""
+    """Counters of a store. Sizes in bytes; counters since the store was made.
+
+    Attributes:
+        disk_bytes: bytes that the store's files take now, headers, alignment and holes included.
+        memory_bytes: bytes of keys and values that the store itself holds in memory.
+        bytes_written: to files.
+        bytes_read: from files.
+        compactions: how often rows of the table became fewer in what was committed last.
+        representation: how cold keys and values are represented, such as `exact` or `int8-symmetric-per-tensor`.
+    """
 
     disk_bytes: int = 0
-    """Bytes that the store's files take now, headers, alignment and holes included."""
     memory_bytes: int = 0
-    """Bytes of keys and values that the store itself holds in memory."""
     bytes_written: int = 0
     bytes_read: int = 0
     compactions: int = 0
-    """How often rows of the table became fewer in what was committed last."""
     representation: str = "exact"
-    """How cold keys and values are represented, such as `exact` or `int8-symmetric-per-tensor`."""

@@ -21,13 +21,15 @@ def _check_target(_: object, attribute: Any, value: Any) -> None:
 class Command:
     """One command that a plugin offers: `ollm <name>`.
 
+    Attributes:
+        name: lower-case words joined by `-`. Names of ollm's own commands are reserved.
+        summary: one line for `ollm --help` and `ollm plugins`.
+        target: `"module:function"`, imported when the command is run: a typer app, or a function for typer to take.
+
     Raises:
         ValueError, TypeError: from the constructor, when a field breaks its rule.
     """
 
     name: str = attrs.field(validator=check_name)
-    """Lower-case words joined by `-`. Names of ollm's own commands are reserved."""
     summary: str = attrs.field(validator=attrs.validators.and_(is_text, attrs.validators.min_len(1)))
-    """One line for `ollm --help` and `ollm plugins`."""
     target: str = attrs.field(validator=_check_target)
-    """`"module:function"`, imported when the command is run: a typer app, or a function for typer to take."""

@@ -24,32 +24,36 @@ class KVStore(ABC):
 
     Keys and values arrive as `[rows, kv_heads, tokens, head_size]`, keys after RoPE and heads not repeated; key and
     value head sizes may differ, from one layer to another too.
+
+    Attributes:
+        extent_tokens: the most tokens of an extent, and as many as core puts into one, whenever it has them; `None`
+            lets core cut extents of any size. The last extent of a layer may be shorter: core writes its tokens
+            anew as it grows, but not where the rows of the batch were picked since, or where the store loses
+            something: then it stays as it is.
+        window: newest tokens that a query may see, itself included; `None` for the full history. Core masks by it
+            and drops what has left it; strategies that set it state `full_history=False`.
+        sinks: first tokens that stay visible for ever beside the window.
+        storage: the storage that holds the bytes, from which core reads, several adjacent extents at a time, or
+            parts of one; `None` for stores that override `read`.
+        in_memory: whether `read` only looks something up. Core then calls it when the bytes are needed, on the
+            thread that needs them, instead of ahead of that on a worker, and keeps no resident copies.
+        decodes_ahead: whether `decode` may run on several threads at once, and beside `write` and `free`: it depends
+            on nothing but its arguments and what never changes. Where attention runs on the host, core then decodes
+            on the threads that read, ahead of attention: worth it for what takes long and leaves Python's lock alone,
+            as decompression does.
     """
 
     extent_tokens: int | None = None
-    """The most tokens of an extent, and as many as core puts into one, whenever it has them; `None` lets core cut
-    extents of any size. The last extent of a layer may be shorter: core writes its tokens anew as it grows, but not
-    where the rows of the batch were picked since, or where the store loses something: then it stays as it is."""
 
     window: int | None = None
-    """Newest tokens that a query may see, itself included; `None` for the full history. Core masks by it and drops
-    what has left it; strategies that set it state `full_history=False`."""
 
     sinks: int = 0
-    """First tokens that stay visible for ever beside the window."""
 
     storage: Storage | None = None
-    """The storage that holds the bytes, from which core reads, several adjacent extents at a time, or parts of one;
-    `None` for stores that override `read`."""
 
     in_memory: bool = False
-    """Whether `read` only looks something up. Core then calls it when the bytes are needed, on the thread that needs
-    them, instead of ahead of that on a worker, and keeps no resident copies."""
 
     decodes_ahead: bool = False
-    """Whether `decode` may run on several threads at once, and beside `write` and `free`: it depends on nothing but its
-    arguments and on what never changes. Where attention runs on the host, core then decodes on the threads that read,
-    ahead of attention: worth it for what takes long and leaves Python's lock alone, as decompression does."""
 
     @abstractmethod
     def write(self, block: KVBlock, key: BlockKey) -> Location:

@@ -14,14 +14,17 @@ if TYPE_CHECKING:
 
 @attrs.frozen(kw_only=True)
 class ModelParts:
-    """Where a loaded model keeps the parts that core places, streams or measures."""
+    """Where a loaded model keeps the parts that core places, streams or measures.
+
+    Attributes:
+        layers: the decoder layers, in order.
+        key_prefix: prefix of the layers' weights in the model's state dict, such as `model.layers.`.
+        text_key_prefix: prefix of the text model in a multimodal checkpoint, such as `language_model.`.
+    """
 
     layers: Sequence[nn.Module]
-    """The decoder layers, in order."""
     key_prefix: str
-    """Prefix of the layers' weights in the model's state dict, such as `model.layers.`."""
     text_key_prefix: str = ""
-    """Prefix of the text model in a multimodal checkpoint, such as `language_model.`."""
 
 
 class ModelAdapter(ABC):

@@ -18,10 +18,14 @@ class Tier(enum.Enum):
 
 
 class OffloadPlacement(ABC):
-    """Chooses layers. A pure function of sizes and a count: no I/O, no state."""
+    """Chooses layers. A pure function of sizes and a count: no I/O, no state.
+
+    Attributes:
+        resolves_to: the name of the placement that this one stands for (`auto` names `middle-band`); `None` for
+            itself.
+    """
 
     resolves_to: str | None = None
-    """The name of the placement that this one stands for (`auto` names `middle-band`); `None` for itself."""
 
     @abstractmethod
     def place(self, layer_bytes: Sequence[int], *, count: int | None, budget: int | None) -> tuple[int, ...]:

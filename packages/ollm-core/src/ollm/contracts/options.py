@@ -22,12 +22,28 @@ class NoOptions:
     """The options of a strategy that has none."""
 
 
-def option(default: Any, *, help: str, validator: Any = None) -> Any:
+def option(default: Any, *, help: str, validator: Any = None, changes_format: bool = True) -> Any:
     """A field of an options class: `page_tokens: int = option(64, help="Tokens per page.")`.
 
-    `help` is shown by `ollm plugins -v` and in the docs; it is required.
+    `help` is shown by `ollm plugins -v` and in the docs; it is required. `changes_format=False` says that a store can
+    go on with a folder that was written under another value.
     """
-    return attrs.field(default=default, validator=validator, kw_only=True, metadata={"help": help})
+    return attrs.field(
+        default=default,
+        validator=validator,
+        kw_only=True,
+        metadata={"help": help, "changes_format": changes_format},
+    )
+
+
+def format_parameters(options: attrs.AttrsInstance) -> dict[str, Any]:
+    """The options, by name, that a folder must have been written under: all that may change what is in its files."""
+    values = _converter().unstructure(options)
+    return {
+        field.name: values[field.name]
+        for field in attrs.fields(type(options))
+        if field.metadata.get("changes_format", True)
+    }
 
 
 @attrs.frozen

@@ -1,6 +1,8 @@
 """What core hands to a store that keeps bytes on disk: a private folder, and a storage of records in it.
 
-Core's own are in `ollm.storage`; a store, and the engine that reads, know them through these classes.
+Core's own are in `ollm.storage`; a store knows them through these classes. So does the engine that reads, but it also
+reckons with three facts of the format: which records are neighbours, where in one the bytes of a head are, and how
+large a buffer must be.
 """
 
 from __future__ import annotations
@@ -21,10 +23,13 @@ if TYPE_CHECKING:
 
 class Folder(ABC):
     """The private folder of one cache. Whoever made it decides what becomes of it: when it is closed it is removed, or
-    kept for later."""
+    kept for later.
+
+    Attributes:
+        path: private to this user: mode 0700.
+    """
 
     path: Path
-    """Private to this user: mode 0700."""
 
     @abstractmethod
     def open_file(self, name: str, flags: int = 0) -> int:
@@ -52,23 +57,30 @@ class Folder(ABC):
 
 @attrs.frozen
 class Pieces:
-    """A run of pieces of one block's bytes: what can be read and verified without the rest."""
+    """A run of pieces of one block's bytes: what can be read and verified without the rest.
+
+    Attributes:
+        extent: the block's.
+        start: first byte, counted from the beginning of the block's bytes; a piece begins there.
+        stop: byte after the last; a piece, or the block, ends there.
+    """
 
     extent: Extent
     start: int
-    """First byte, counted from the beginning of the block's bytes; a piece begins there."""
     stop: int
-    """Byte after the last; a piece, or the block, ends there."""
 
 
 class Storage(ABC):
     """Numbered files that hold records, of which each holds one block. Everything about bytes, headers, hashes, limits
-    and cleaning up is its business; which file a record goes to is the store's."""
+    and cleaning up is its business; which file a record goes to is the store's.
+
+    Attributes:
+        path: the private folder.
+        unbuffered: whether records are read and written past the page cache.
+    """
 
     path: Path
-    """The private folder."""
     unbuffered: bool
-    """Whether records are read and written past the page cache."""
 
     @abstractmethod
     def write(

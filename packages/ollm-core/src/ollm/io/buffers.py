@@ -9,7 +9,9 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
+from ollm.errors import MemoryLimitError
 from ollm.io.ledger import ledger
+from ollm.units import format_size
 
 ALIGNMENT = 4096
 """What unbuffered reads and writes demand of addresses, offsets and lengths."""
@@ -31,6 +33,9 @@ def aligned_buffer(nbytes: int, *, pinned: bool = False) -> Tensor:
     Args:
         nbytes: length; rounded up to a multiple of `ALIGNMENT`.
         pinned: in page-locked memory, from which a CUDA device copies by itself.
+
+    Raises:
+        MemoryLimitError: the system gives no more, whatever it says is free.
     """
     nbytes = max(-(-nbytes // ALIGNMENT), 1) * ALIGNMENT
     if pinned:
@@ -38,7 +43,13 @@ def aligned_buffer(nbytes: int, *, pinned: bool = False) -> Tensor:
         skip = -raw.data_ptr() % ALIGNMENT
     else:  # pages of the system's own, to which they go back when the tensor is dropped
         huge = nbytes >= HUGE_PAGE
-        pages = mmap.mmap(-1, nbytes + HUGE_PAGE * huge, **_PRIVATE)
+        try:
+            pages = mmap.mmap(-1, nbytes + HUGE_PAGE * huge, **_PRIVATE)
+        except (OSError, OverflowError) as error:
+            raise MemoryLimitError(
+                f"The system gives no {format_size(nbytes)} more of memory ({error}): close other programs or caches, "
+                "or raise this process's memory limit (ulimit -v)."
+            ) from error
         raw = torch.frombuffer(pages, dtype=torch.uint8)
         skip = -raw.data_ptr() % HUGE_PAGE if huge else 0
         if huge and hasattr(mmap, "MADV_HUGEPAGE"):

@@ -79,7 +79,11 @@ def open_to_read(path: Path) -> tuple[int, bool]:
 
 
 def takes_unbuffered(sample: Path) -> bool:
-    """Whether the mount that holds `sample`, a small file with content, can be read unbuffered. Warns once if not."""
+    """Whether the mount that holds `sample`, a small file with content, can be read unbuffered. Warns once if not.
+
+    Raises:
+        OSError: the file is gone, or there is no descriptor for it.
+    """
     mount = shim.disk.lstat(sample).st_dev
     if mount not in _unbuffered_mounts:
         _unbuffered_mounts[mount] = _probe(sample)
@@ -102,5 +106,9 @@ def _probe(sample: Path) -> bool:
             return file.unbuffered
         finally:
             shim.disk.close(fd)
-    except (EOFError, OSError):
+    except EOFError:
+        return False
+    except OSError as error:
+        if error.errno in shim.NO_DESCRIPTOR:  # which says nothing of the mount
+            raise
         return False

@@ -7,8 +7,10 @@ others have left.
 
 from __future__ import annotations
 
+import os
 import threading
 import weakref
+from contextlib import suppress
 from pathlib import Path
 
 import attrs
@@ -60,6 +62,10 @@ class MemoryLedger:
         self._drawn: list[weakref.ref[Claim]] = []
         self._lock = threading.RLock()  # the garbage collector may drop who claims while a claim is being made
 
+    def begin_child(self) -> None:
+        """Right behind a fork, in the child: a thread of the parent that held the lock would never give it back."""
+        self._lock = threading.RLock()
+
     def measure(self, device: torch.device) -> MemorySnapshot:
         """What is free now, less what was claimed and is not filled yet."""
         measured = measure_memory(device)
@@ -74,24 +80,29 @@ class MemoryLedger:
         return max(self.measure(device).device_free - _HEADROOM, 0)
 
     def try_claim(self, purpose: str, nbytes: int, device: torch.device) -> Claim | None:
-        """Room for `nbytes` on `device`, or `None` if so much is not free."""
+        """Room for `nbytes` on `device`, or `None` if so much is not free, or nobody can tell."""
+        with suppress(MemoryLimitError):
+            return self._claim(purpose, nbytes, device)
+        return None
+
+    def claim(self, purpose: str, nbytes: int, device: torch.device) -> Claim:
+        """Room for `nbytes` on `device`.
+
+        Raises:
+            MemoryLimitError: so much is not free; the message names both sizes. Or nobody can tell what is.
+        """
+        claim = self._claim(purpose, nbytes, device)
+        if claim is None:
+            raise self._refusal(purpose, nbytes, device)
+        return claim
+
+    def _claim(self, purpose: str, nbytes: int, device: torch.device) -> Claim | None:
         with self._lock:
             if nbytes > self.room(device):
                 return None
             claim = Claim(purpose, nbytes, device)
             self._drawn = [*map(weakref.ref, self._claims), weakref.ref(claim)]
             return claim
-
-    def claim(self, purpose: str, nbytes: int, device: torch.device) -> Claim:
-        """Room for `nbytes` on `device`.
-
-        Raises:
-            MemoryLimitError: so much is not free; the message names both sizes.
-        """
-        claim = self.try_claim(purpose, nbytes, device)
-        if claim is None:
-            raise self._refusal(purpose, nbytes, device)
-        return claim
 
     def check(self, purpose: str, nbytes: int, device: torch.device) -> None:
         """Check that a claim would be granted now.
@@ -121,11 +132,23 @@ class MemoryLedger:
 
 ledger = MemoryLedger()
 """The one of this process."""
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=ledger.begin_child)
 
 
 def measure_memory(device: torch.device) -> MemorySnapshot:
-    """Total and free bytes now, on the host and on `device`, as the tightest limit allows; memory cgroups count."""
-    host = psutil.virtual_memory()
+    """Total and free bytes now, on the host and on `device`, as the tightest limit allows; memory cgroups count.
+
+    Raises:
+        MemoryLimitError: the system does not say how much is free.
+    """
+    try:
+        host = psutil.virtual_memory()
+    except (OSError, KeyError, ValueError, psutil.Error) as error:  # no /proc, or no descriptor left for it
+        raise MemoryLimitError(
+            f"Cannot tell how much memory is free: {error}. /proc/meminfo must be there, and a file descriptor for it: "
+            "close files, or raise the limit of open files (ulimit -n)."
+        ) from error
     total, free = host.total, host.available
     for limit, used in _cgroup_limits():
         total, free = min(total, limit), min(free, max(limit - used, 0))

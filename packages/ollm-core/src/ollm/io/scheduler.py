@@ -2,6 +2,9 @@
 
 Requests start in the order in which they were made, several at a time. Bounding what is in flight is the business of
 those who ask: they own the buffers.
+
+A forked child has none of its parent's threads. So everything that they were to do ends there at once, with an error:
+nobody ever waits for a thread that its process never had.
 """
 
 from __future__ import annotations
@@ -14,9 +17,9 @@ import weakref
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Generic, ParamSpec, TypeVar
+from typing import Any, Generic, ParamSpec, TypeVar
 
-from ollm.errors import StorageError
+from ollm.errors import CacheForkedError, StorageError
 from ollm.io import shim
 
 WORKERS = 8
@@ -28,6 +31,21 @@ _NAME = "ollm-io"
 
 P = ParamSpec("P")
 T = TypeVar("T")
+
+
+def check_process(owner: int) -> None:
+    """Whether this is the process of that number, whose threads and files something uses.
+
+    Raises:
+        CacheForkedError: it is a child of that.
+    """
+    if os.getpid() != owner:
+        raise CacheForkedError("This cache was made before the process was forked: make a new one in the child.")
+
+
+def promise() -> Future[Any]:
+    """A future that one of the threads here is to end. In a forked child it ends with `CacheForkedError`."""
+    return _promised(Future())
 
 
 class IOScheduler:
@@ -49,10 +67,12 @@ class IOScheduler:
 
         Raises:
             StorageError: there is no thread, and the system starts none.
+            CacheForkedError: the threads are those of another process.
         """
+        check_process(self._workers.process)
         request = _Request(functools.partial(action, *args, **kwargs))
         try:
-            return self._workers.executor.submit(request)
+            return _promised(self._workers.executor.submit(request))
         except BaseException as error:
             request.give_up()
             if isinstance(error, RuntimeError):
@@ -73,7 +93,7 @@ class _Workers:
 
     def __init__(self, key: tuple[int, int | None]) -> None:
         self.executor = _Executor(WORKERS, thread_name_prefix=_NAME)
-        self._key = key
+        self.process, _ = self._key = key
         self._users: set[int] = set()
         self._numbers = itertools.count()
 
@@ -83,6 +103,8 @@ class _Workers:
         return number
 
     def leave(self, number: int) -> None:
+        if os.getpid() != self.process:  # none of the threads is here
+            return
         with _lock:
             self._users.discard(number)
             if self._users:
@@ -126,6 +148,28 @@ class _Request(Generic[T]):
 
 _lock = threading.RLock()  # a cache may be collected, and give its scheduler back, while another asks for one
 _schedulers: dict[tuple[int, int | None], _Workers] = {}
+_open: set[Future[Any]] = set()  # what is promised and not done
+
+
+def _promised(future: Future[T]) -> Future[T]:
+    _open.add(future)
+    future.add_done_callback(_open.discard)
+    return future
+
+
+def _begin_child() -> None:
+    """Right behind a fork, in the child: locks that a thread of the parent held would never be given back."""
+    global _lock
+    _lock = threading.RLock()
+    _schedulers.clear()
+    while _open:
+        future = _open.pop()
+        Future.__init__(future)  # its lock is one of them
+        future.set_exception(CacheForkedError("A thread of the parent process was at this: it is not here."))
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_begin_child)
 
 
 def scheduler_of(folder: Path | None) -> IOScheduler:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ollm.contracts.blocks import Extent, KVBlock, Location
+from ollm.errors import MemoryLimitError
 from ollm.io.buffers import aligned_buffer
 from ollm.io.ledger import Claim, ledger
 
@@ -62,6 +63,8 @@ class EncodedResidency:
             self.version += 1
             self._kept[extent.location] = layer, copy, claim
             self._used[layer] += nbytes
+        except MemoryLimitError:  # less is free than was said
+            claim.release()
         except BaseException:
             self._kept.pop(extent.location, None)
             claim.release()

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ollm.contracts.blocks import EXTENT_BYTES, Extent, KVBlock, KVLayout, Location
+from ollm.errors import MemoryLimitError
 from ollm.io.buffers import aligned_buffer
 from ollm.io.ledger import Claim, ledger
 
@@ -203,6 +204,9 @@ class Residency:
         shape = (key.rows, layout.kv_heads, room)
         try:
             keys, values = (self._empty((*shape, size), layout.dtype) for size in (layout.key_size, layout.value_size))
+        except MemoryLimitError:  # less is free than was said
+            claim.release()
+            return None
         except BaseException:
             claim.release()
             raise

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 from ollm.contracts.kv import KVStore
 from ollm.contracts.spill import SpillPlan
 from ollm.io.ledger import Claim
+from ollm.io.scheduler import check_process
 from ollm.kv.selection import Select, everything
 from ollm.kv.source import BlockSource
 from ollm.kv.state import KVCounters
@@ -59,6 +61,7 @@ class KVSession:
         self.counters = KVCounters()
         self.table = BlockTable()
         self._claims = list(claims)
+        self._process = os.getpid()
         self._dropped: dict[int, Callable[[], None]] = {}  # caches, and how they give up what they have
         self.source = BlockSource(
             store, plan, strategy=strategy, layers=layers, lossless=lossless,
@@ -69,14 +72,25 @@ class KVSession:
             counters=self.counters, give_back=functools.partial(_give_back, self.table, self.source, store),
         )  # fmt: skip
 
+    def check_process(self) -> None:
+        """Whether this is the process that the session was made in.
+
+        Raises:
+            CacheForkedError: it is a child of that.
+        """
+        check_process(self._process)
+
     def join(self) -> int:
         """One cache more; its branch."""
+        self.check_process()
         self._tidy()
         return self.table.join()
 
     def leave(self, branch: int, give_up: Callable[[], None]) -> None:
         """One cache less: `give_up` drops what it has; with the last one everything ends. May be called until it has
-        succeeded, and afterwards."""
+        succeeded, and afterwards. In a forked child, whose parent goes on with all of it, it does nothing."""
+        if os.getpid() != self._process:
+            return
         try:
             if self.table.branches - self._dropped.keys() <= {branch}:
                 self.close()
@@ -98,7 +112,12 @@ class KVSession:
         _give_back(self.table, self.source, self.store)
 
     def raise_failed(self) -> None:
-        """Raise what the background failed with since the last call; see `Storage.raise_failed`."""
+        """Raise what the background failed with since the last call; see `Storage.raise_failed`.
+
+        Raises:
+            CacheForkedError: in a forked child.
+        """
+        self.check_process()
         self._tidy()
         if self.store.storage is not None:
             self.store.storage.raise_failed()

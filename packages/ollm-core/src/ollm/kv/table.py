@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ollm.contracts.blocks import Extent, Location
+from ollm.storage.kept import KeptEntry, KeptLayer
 
 RowMap = Tensor | None
 """Which row of an extent each row of the current batch stands for: int64 on the host, `None` for the identity. Beams,
@@ -286,9 +287,24 @@ class LayerTable:
         assert self._before is not None
         return {entry.extent.location for entry in self._before[0]}
 
-    def adopt(self, extents: Sequence[Extent]) -> None:
-        """Begin with what an earlier process wrote, in order of position. Only while empty."""
-        self.append(extents)
+    def listed(self) -> KeptLayer:
+        """What a commit lists of this layer, for `adopt`."""
+        entries = tuple(KeptEntry(entry.extent, _plain(entry.row_map)) for entry in self.entries)
+        return KeptLayer(self.layer, entries, self.tokens, self.first_kept)
+
+    def adopt(self, kept: KeptLayer) -> None:
+        """Begin with what an earlier cache held. Only while empty."""
+        maps: dict[tuple[int, ...] | None, RowMap] = {None: None}  # entries with one map share it
+        for entry in kept.entries:
+            if entry.row_map is not None and entry.row_map not in maps:
+                maps[entry.row_map] = torch.tensor(entry.row_map)
+        entries = tuple(Entry(entry.extent, maps[entry.row_map]) for entry in kept.entries)
+        self._table.share(entries)
+        self.entries, self.tokens, self.first_kept = Entries(entries), kept.tokens, kept.first_kept
+
+
+def _plain(row_map: RowMap) -> tuple[int, ...] | None:
+    return None if row_map is None else tuple(row_map.tolist())
 
 
 def take(tensor: Tensor, row_map: RowMap) -> Tensor:

@@ -87,6 +87,8 @@ class CachePlan:
     free: MemorySnapshot
     """What this was planned with."""
     requested_mode: str
+    ram_budget: int | None = None
+    """As asked for."""
 
     @property
     def facts(self) -> KVFacts:
@@ -146,12 +148,20 @@ class CachePlan:
     @property
     def warnings(self) -> tuple[str, ...]:
         """What a user should know beforehand."""
-        if self.window_tokens is None:
-            return ()
-        return (
-            f"cache_strategy={self.strategy!r} keeps the newest {self.window_tokens} tokens only: the model forgets "
-            "what is older, by intention.",
-        )
+        return tuple(self._warnings())
+
+    def _warnings(self) -> Iterator[str]:
+        if self.window_tokens is not None:
+            yield (
+                f"cache_strategy={self.strategy!r} keeps the newest {self.window_tokens} tokens only: the model "
+                "forgets what is older, by intention."
+            )
+        total = _total(self.free)
+        if self.ram_budget is not None and self.ram_budget > total:
+            yield (
+                f"ram_budget={format_size(self.ram_budget)} is more memory than there is, and taken for all of it, "
+                f"{format_size(total)}."
+            )
 
     def decided(self, verdict: BlockVerdict) -> CachePlan:
         """This plan with the mode that the trial's verdict allows.
@@ -248,6 +258,7 @@ def plan_cache(request: CacheRequest, model: ModelFacts, free: MemorySnapshot) -
     check_window(request.cache_window_tokens, name, facts)
     directory = check_cache_dir(request.cache_dir, name, facts)
     check_budget(request.ram_budget, name, facts)
+    budget = None if request.ram_budget is None else min(request.ram_budget, _total(free))
     policy = names.get(Kind.SPILL_POLICY, request.spill_policy or facts.spill_policy)
     plan = CachePlan(
         strategy=name,
@@ -260,10 +271,11 @@ def plan_cache(request: CacheRequest, model: ModelFacts, free: MemorySnapshot) -
         mode_reason="a trial decides, when the model is there",
         piece_tokens=request.dense_projection_chunk_rows or piece_tokens(model.activation_bytes, free.device_free),
         spill_policy=names.name_of(policy),
-        spill=_ask(policy, model.geometry, free, request.ram_budget),
+        spill=_ask(policy, model.geometry, free, budget),
         model=model,
         free=free,
         requested_mode=request.mode,
+        ram_budget=request.ram_budget,
     )
     if request.mode == "tensor":
         return plan._in_tensor_mode("asked for")
@@ -278,6 +290,11 @@ def piece_tokens(per_token: int, free_bytes: int) -> int:
     """
     tokens = free_bytes // 16 // per_token
     return max(_FEWEST_PIECE_TOKENS, min(_MOST_PIECE_TOKENS, 1 << max(tokens.bit_length() - 1, 0)))
+
+
+def _total(free: MemorySnapshot) -> int:
+    """Memory of the machine, or as much as its limits allow, and that of an accelerator."""
+    return free.host_total + (0 if free.device_type == "cpu" else free.device_total)
 
 
 def _ask(policy: Offer, geometry: KVGeometry, free: MemorySnapshot, budget: int | None) -> SpillPlan:

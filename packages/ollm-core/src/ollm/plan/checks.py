@@ -93,4 +93,10 @@ def check_cache_dir(cache_dir: str | None, name: str, facts: KVFacts) -> Path | 
             f"cache_dir={cache_dir!r}: cache_strategy={name!r} keeps keys and values on disk, so name a folder for "
             "them, such as './kv_cache/'."
         )
-    return Path(cache_dir).absolute() / facts.directory
+    try:
+        return Path(cache_dir).absolute() / facts.directory
+    except FileNotFoundError:  # the working directory was removed
+        raise ConfigurationError(
+            f"cache_dir={cache_dir!r}: there is no working directory any more that this could be in. Give an absolute "
+            "path."
+        ) from None

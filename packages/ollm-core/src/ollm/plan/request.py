@@ -19,10 +19,29 @@ from ollm.units import ByteSize, parse_size
 
 
 def _path(path: str | os.PathLike[str] | None) -> str | None:
-    text = None if path is None else os.fspath(path)
-    if text is not None and not isinstance(text, str):
+    if path is None:
+        return None
+    text = os.fspath(path)
+    if not isinstance(text, str):
         raise ConfigurationError(f"cache_dir={path!r}: give a path as text.")
-    return text
+    try:
+        if b"\0" not in os.fsencode(text):
+            return _at_home(text)
+    except UnicodeEncodeError:
+        pass
+    raise ConfigurationError(f"cache_dir={path!r}: no path of this system has such a character in it.")
+
+
+def _at_home(path: str) -> str:
+    """A path that may begin with `~`, for no shell has seen what is in a file, or an argument."""
+    if not path.startswith("~"):
+        return path
+    try:
+        return str(Path(path).expanduser())
+    except RuntimeError:
+        raise ConfigurationError(
+            f"cache_dir={path!r}: nobody knows where that home is. For a folder of that name: './{path}'."
+        ) from None
 
 
 def _size(size: int | str | None) -> ByteSize | None:

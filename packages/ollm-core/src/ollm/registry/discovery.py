@@ -14,10 +14,9 @@ import re
 import sys
 import traceback
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
-import attrs
 import importlib_metadata
 import pluggy
 
@@ -69,7 +68,7 @@ def _report(point: importlib_metadata.EntryPoint, distribution: str, version: st
     try:
         with warnings.catch_warnings(record=True, action="always", category=OllmDeprecationWarning) as caught:
             offers, commands = _load(point, distribution)
-        undocumented = _undocumented_options(offers)
+        options = [*_doubtful_options(offers)]
     except KeyboardInterrupt:  # the user's own Ctrl-C
         raise
     except BaseException as error:  # a plugin may raise anything, SystemExit and MemoryError included
@@ -81,7 +80,7 @@ def _report(point: importlib_metadata.EntryPoint, distribution: str, version: st
             notes.append(str(warning.message))
         else:  # the plugin's own business
             warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
-    return report(Status.LOADED, offers=offers, commands=commands, warnings=(*notes, *undocumented))
+    return report(Status.LOADED, offers=offers, commands=commands, warnings=(*notes, *options))
 
 
 def _load(
@@ -142,10 +141,6 @@ def _check(kind: Kind, strategy: Strategy[Any], distribution: str) -> None:
     if kind is not Kind.KV_STORE:
         if strategy.facts is not None:
             raise PluginError(f"{kind.label} '{strategy.name}': `facts` are for KV stores only")
-        if attrs.fields(strategy.options):
-            raise PluginError(
-                f"{kind.label} '{strategy.name}': `options` are for KV stores only, nobody could set them"
-            )
         return
     if strategy.facts is None:
         raise PluginError(f"KV store '{strategy.name}' has no `facts`: give it `KVFacts(lossless=...)`")
@@ -161,13 +156,14 @@ def _check(kind: Kind, strategy: Strategy[Any], distribution: str) -> None:
         )
 
 
-def _undocumented_options(offers: Iterable[Offer]) -> list[str]:
-    return [
-        f"option '{info.name}' of '{offer.strategy.name}' has no help text: make it with `ollm.plugin.option`"
-        for offer in offers
-        for info in describe_options(offer.strategy.options)
-        if not info.help
-    ]
+def _doubtful_options(offers: Iterable[Offer]) -> Iterator[str]:
+    for offer in offers:
+        for info in describe_options(offer.strategy.options):
+            which = f"option '{info.name}' of '{offer.strategy.name}'"
+            if offer.kind is not Kind.KV_STORE:
+                yield f"{which} keeps its default: only options of KV stores can be set"
+            elif not info.help:
+                yield f"{which} has no help text: make it with `ollm.plugin.option`"
 
 
 def _describe(error: BaseException) -> str:

@@ -146,7 +146,7 @@ class KVCache(Cache):
             CacheClosedError: after `close()`.
             StorageError: when the store cannot keep or read them; this layer is then as before.
         """
-        self._check_open()
+        self.check_open()
         keys, values = super().update(key_states, value_states, layer_idx, *args, **kwargs)
         return keys, values
 
@@ -172,7 +172,7 @@ class KVCache(Cache):
         running = self.running
         assert running is not None
         if self._closed:
-            self._check_open()
+            self.check_open()
         running.note(ids, running.check(tokens))
         self.passes += 1
         self.running = None  # from here on it counts
@@ -248,7 +248,7 @@ class KVCache(Cache):
 
         Stock layers are made anew: transformers' recurrent layers would keep the old batch's shape.
         """
-        self._check_open()
+        self.check_open()
         self._check_idle()
         for history in self._stored.values():
             history.close()
@@ -305,7 +305,12 @@ class KVCache(Cache):
             )
 
     def state(self) -> CacheState:
-        """What the cache holds and did so far. Works after `close()` too, with the counters as they were."""
+        """What the cache holds and did so far. Works after `close()` too, with the counters as they were.
+
+        Raises:
+            CacheForkedError: in a forked child.
+        """
+        self._session.check_process()
         stats = self._session.store.stats()
         histories = list(self._stored.values())
         first = histories[0] if histories else None
@@ -350,7 +355,8 @@ class KVCache(Cache):
         """Free everything that no fork needs, on disk too; the cache cannot be used afterwards.
 
         Does all that it can, whatever fails, and may be called until it has succeeded: after Ctrl-C, or once the disk
-        lets its files be removed. What is left then goes when the program ends.
+        lets its files be removed. What is left then goes when the program ends. In a forked child it only gives the
+        child's model back, and touches nothing that the parent uses.
         """
         self._closed = True
         with ExitStack() as steps:  # from the last to the first; the next one is done even if one fails
@@ -392,13 +398,20 @@ class KVCache(Cache):
             CacheBusyError: a forward pass is under way.
             InterruptedForwardError: an earlier pass cannot be undone.
         """
-        self._check_open()
+        self.check_open()
         self._check_idle()
         self._settle()
 
-    def _check_open(self) -> None:
+    def check_open(self) -> None:
+        """Whether the cache can be used at all.
+
+        Raises:
+            CacheClosedError: after `close()`.
+            CacheForkedError: in a forked child.
+        """
         if self._closed:
             raise CacheClosedError("This cache is closed: make a new one.")
+        self._session.check_process()
 
     def _check_idle(self) -> None:
         if self.at_work.locked():
@@ -406,7 +419,7 @@ class KVCache(Cache):
 
     def _settle(self) -> None:
         """Undo the pass that is not under way any more and was neither kept nor undone: its undoing was interrupted."""
-        self._check_open()
+        self.check_open()
         try:
             self.undo_pass()
         except Exception as error:

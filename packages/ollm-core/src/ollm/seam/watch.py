@@ -72,6 +72,7 @@ class _Calls:
                 _check_not_replaced()
             return call(*args, **kwargs)
         if cache.at_work.locked():
+            cache.check_open()
             running = cache.running
             if running is None or running.thread != threading.get_ident():
                 raise CacheBusyError(

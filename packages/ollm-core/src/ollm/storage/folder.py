@@ -24,6 +24,7 @@ from ollm.contracts.storage import Folder
 from ollm.endings import end
 from ollm.errors import CacheBusyError, CacheDirectoryError, ConfigurationError, OllmError, StorageError
 from ollm.io import shim
+from ollm.io.shim import NO_DESCRIPTOR
 
 LOCK = "lock"
 MANIFEST = "manifest.json"
@@ -31,6 +32,7 @@ MANIFEST_TEMPORARY = "manifest.json.tmp"
 TAG = "CACHEDIR.TAG"
 _TAG_TEXT = b"Signature: 8a477f597d28d172789f06886806bc55\n# Keys and values of ollm, private to their owner.\n"
 _RUN = re.compile(r"run-[0-9a-f]{16}")
+_ENTRY = re.compile(r"entry-[0-9a-f]{16}")
 _SEGMENT = re.compile(r"segment-\d{6}\.kv")
 _KNOWN_FILE = re.compile(rf"lock|manifest\.json(\.tmp)?|{_SEGMENT.pattern}|store-[A-Za-z0-9._-]+")
 _ROOT_LOCK_SECONDS = 30.0
@@ -68,20 +70,22 @@ class CacheFolder(Folder):
         """Whether nothing of an earlier cache is in it."""
         self.kept = kept
         """Whether it stays when it is closed."""
-        self._close = weakref.finalize(self, _let_go if kept else _remove_owned, path, _Lock(lock_fd), os.getpid())
+        self._held = path, _Lock(lock_fd), os.getpid()
+        self._close = weakref.finalize(self, _let_go if kept else _remove_owned, *self._held)
 
     @classmethod
     def create(cls, cache_dir: Path, directory: str, *, keep: bool = False) -> CacheFolder:
         """Make a folder below `cache_dir/directory`, after removing those that were not to be kept and whose owners are
-        dead.
+        dead. With `keep`, its name is on the medium when this returns.
 
         Raises:
             CacheDirectoryError: when the place is not writable, not ours, or not safe.
         """
         root = cache_dir / directory
         with _typed(root):
-            shim.disk.make_folders(cache_dir)
+            made = _make_folders(cache_dir)
             with ExitStack() as undo:  # if a step fails, what was done before it
+                undo.callback(_remove_empty, made)
                 undo.callback(_remove_root_if_empty, root)
                 with _root_lock(root):
                     _collect_dead(root)
@@ -92,6 +96,9 @@ class CacheFolder(Folder):
                     undo.callback(shim.disk.close, lock_fd)
                     if not shim.disk.try_lock(lock_fd):
                         raise CacheBusyError(f"{path} was locked by another process as it was made.")
+                if keep:
+                    for folder in (root, cache_dir, *(one.parent for one in made)):
+                        shim.disk.fsync_folder(folder)
                 undo.pop_all()
         return cls(path, lock_fd, is_new=True, kept=keep)
 
@@ -104,6 +111,8 @@ class CacheFolder(Folder):
             CacheDirectoryError: it is not there, not ours, or not safe.
         """
         with _typed(path):
+            if not _ENTRY.fullmatch(path.name):
+                raise CacheDirectoryError(f"{path} is no folder that is kept: their names are entry-<16 hex digits>.")
             _check_private(path.parent)
             _check_private(path)
             _check_private(path / LOCK, folder=False)
@@ -180,6 +189,13 @@ class CacheFolder(Folder):
         """As in the contract. With the last folder, its parent goes too. Until all is removed the lock is held."""
         end(self._close)
 
+    def give_up(self) -> None:
+        """Close it; one that was made for a cache that could not be made is removed, also if it was to be kept."""
+        if self.is_new and self._close.alive:
+            self._close.detach()
+            self._close = weakref.finalize(self, _remove_owned, *self._held)
+        self.close()
+
 
 @contextmanager
 def _typed(place: Path) -> Iterator[None]:
@@ -215,7 +231,13 @@ def _remove_owned(path: Path, lock: _Lock, owner: int) -> None:
     if os.getpid() != owner:
         return
     try:
-        _remove_folder(path)
+        try:
+            _remove_folder(path)
+        except OSError as error:
+            if error.errno not in NO_DESCRIPTOR:
+                raise
+            lock.close()  # to look into the folder takes one; whoever removes it meanwhile may do so
+            _remove_folder(path)
     except BaseException:
         _left.append((path, lock, owner))
         raise
@@ -232,6 +254,28 @@ def _remove_left() -> None:
     for path, lock, owner in _left[:]:
         with suppress(OSError):
             _remove_owned(path, lock, owner)
+
+
+def _make_folders(path: Path) -> list[Path]:
+    """Make the user's folder, and those above it, as far as they are not there; those that were made, for us alone."""
+    missing: list[Path] = []
+    for folder in (path, *path.parents):
+        with suppress(FileNotFoundError):
+            shim.disk.stat(folder)
+            break
+        missing.insert(0, folder)
+    for folder in missing:
+        with suppress(FileExistsError):  # somebody else was quicker
+            shim.disk.mkdir(folder)
+    shim.disk.stat(path)
+    return missing
+
+
+def _remove_empty(folders: Iterable[Path]) -> None:
+    """Take back those that `_make_folders` made, from the last to the first."""
+    with suppress(OSError):
+        for folder in reversed([*folders]):
+            shim.disk.rmdir(folder)
 
 
 def _make_root(root: Path) -> None:
@@ -363,15 +407,20 @@ def _remove_root_if_empty(root: Path) -> None:
     """Leave nothing behind: the root goes with its last session, unless somebody is using it right now."""
     try:
         _check_private(root)
-        with suppress(FileNotFoundError):
-            fd = shim.disk.open(root / LOCK, os.O_RDWR)
-            try:
-                names = shim.disk.listdir(root)
-                if shim.disk.try_lock(fd) and _is_still_there(root / LOCK, fd) and set(names) <= {LOCK, TAG}:
-                    for name in sorted(names):  # the lock goes last
-                        shim.disk.unlink(root / name)
-            finally:
-                shim.disk.close(fd)
-        shim.disk.rmdir(root)  # refused, as it should be, where anything is left
+        with suppress(OSError):  # there may have been no descriptor for its lock
+            return shim.disk.rmdir(root)
+        # looked into before the lock is opened, for there may be one descriptor only. Who makes a folder in between
+        # finds no lock later, and makes another
+        names = shim.disk.listdir(root)
+        if set(names) <= {LOCK, TAG}:
+            with suppress(FileNotFoundError):
+                fd = shim.disk.open(root / LOCK, os.O_RDWR)
+                try:
+                    if shim.disk.try_lock(fd) and _is_still_there(root / LOCK, fd):
+                        for name in sorted(names):  # the lock goes last
+                            shim.disk.unlink(root / name)
+                finally:
+                    shim.disk.close(fd)
+            shim.disk.rmdir(root)  # refused, as it should be, where anything is left
     except (OSError, OllmError) as error:
         logger.debug("Left %s as it is: %s", root, error)

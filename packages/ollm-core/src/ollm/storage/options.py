@@ -42,12 +42,16 @@ class StorageOptions:
         help="Check payload hashes: on every read (always), on the first read of a whole record and on every read of "
         "parts of one (first), or never.",
         validator=_verify_choice,
+        changes_format=False,
     )
     max_disk_bytes: ByteSize | None = option(
-        None, help="Bytes that this cache may take on disk; reaching them is an error. Default: no limit of its own."
+        None,
+        help="Bytes that this cache may take on disk; reaching them is an error. Default: no limit of its own.",
+        changes_format=False,
     )
     min_free_bytes: ByteSize = option(
         ByteSize(256 * 2**20),
         help="Bytes that must stay free on the disk; checked before writing.",
         validator=_not_negative,
+        changes_format=False,
     )

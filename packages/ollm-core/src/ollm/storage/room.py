@@ -13,22 +13,23 @@ from ollm.units import format_size
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
-def check_room(folder: Path, size: int, used: int, options: StorageOptions) -> None:
+def check_room(folder: Path, size: int, used: int, growth: int, options: StorageOptions) -> None:
     """Refuse a record of `size` bytes that would exceed a limit.
 
     Args:
         folder: where the record would go.
         size: bytes that it would take.
         used: bytes that the cache takes already.
+        growth: by how many that would grow: fewer where the record goes into a hole, more where it leaves one.
         options: the limits.
 
     Raises:
         DiskFullError: names the bytes needed and those that are left.
     """
     limit = options.max_disk_bytes
-    if limit is not None and used + size > limit:
+    if limit is not None and used + growth > limit:
         raise DiskFullError(
-            f"Keys and values need {format_size(size)} more in {folder}, but {format_size(used)} of "
+            f"Keys and values need {format_size(growth)} more in {folder}, but {format_size(used)} of "
             f"max_disk_bytes={format_size(limit)} are taken. Raise the limit or use a shorter context."
         )
     free, floor = _free_bytes(folder), options.min_free_bytes

@@ -1,8 +1,8 @@
 """`SegmentedStorage`: numbered files that hold records, and every promise of the format kept in one place.
 
 A store decides which file a record goes to; everything about bytes, headers, hashes, room on the disk and cleaning up
-is here. Live bytes are never overwritten: a record goes where nothing is taken, and a place is taken until it is freed.
-Records are written in the background.
+is here and below. Live bytes are never overwritten: a record goes where nothing is taken, and a place is taken until it
+is freed. Records are written in the background.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import functools
 import os
 import secrets
 import sys
-import threading
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
@@ -26,18 +25,17 @@ from ollm.contracts.storage import Pieces, Storage
 from ollm.endings import end
 from ollm.errors import (
     CacheClosedError,
-    CacheForkedError,
     ConfigurationError,
     CorruptDataError,
     StorageError,
     StoreContractError,
 )
-from ollm.io import shim
 from ollm.io.buffers import ALIGNMENT, tensor_bytes
-from ollm.io.files import DataFile, takes_unbuffered
-from ollm.io.scheduler import IOScheduler, scheduler_of
-from ollm.storage.folder import MANIFEST, CacheFolder, segment_name
-from ollm.storage.manifest import MAX_MANIFEST_BYTES, Committed, Manifest
+from ollm.io.files import takes_unbuffered
+from ollm.io.scheduler import IOScheduler, check_process, scheduler_of
+from ollm.storage.folder import MANIFEST, CacheFolder
+from ollm.storage.kept import KeptLayer, extents_of
+from ollm.storage.manifest import MAX_MANIFEST_BYTES, Manifest
 from ollm.storage.options import WRITE_BUFFERS, StorageOptions
 from ollm.storage.records import (
     DTYPE_CODES,
@@ -45,11 +43,11 @@ from ollm.storage.records import (
     padded,
     piece_bytes,
     record_bytes,
-    record_span,
     run_span,
 )
 from ollm.storage.room import check_room, failed_write, reason
-from ollm.storage.segment import Moved, Segment, write_record
+from ollm.storage.segment import Moved, write_record
+from ollm.storage.segment_files import SegmentFiles
 from ollm.storage.tensors import lay_out, pack
 from ollm.storage.write_behind import WriteBehind
 
@@ -75,7 +73,8 @@ class SegmentedStorage(Storage):
             folder: this cache's own.
             strategy: the name that the manifest states.
             options: verification and limits.
-            parameters: the strategy's own parameters, as JSON, for the manifest.
+            parameters: those of the strategy's options that decide what is in the files, for the manifest; see
+                `format_parameters`.
             write_buffers: how many records of up to 8 MiB may wait to be written; then `write` waits.
             compact_from: how many rows of a layer the table of a manifest has before those that are contiguous become
                 one.
@@ -83,6 +82,7 @@ class SegmentedStorage(Storage):
 
         Raises:
             CorruptDataError: the folder's manifest is not what was committed, or is of another strategy.
+            StorageError: the system refused; a new folder is removed again.
         """
         if sys.byteorder != "little":
             raise StorageError("Payloads are little-endian and this machine is not: use cache_strategy='resident'.")
@@ -90,21 +90,18 @@ class SegmentedStorage(Storage):
         self._folder = folder
         self.path = folder.path
         self._compact_from = compact_from
-        self._segments: dict[int, Segment] = {}
-        self._lock = threading.Lock()
         self._owner = os.getpid()
         self._moved = Moved()
         self._compactions = 0
         self._closed = False
-        self._unsynced = False  # whether an fsync failed
-        self._adopted = folder.is_new
+        self._begun = False  # whether anything was adopted or written
         new = Manifest(
             lifecycle="persistent" if folder.kept else "runtime-scoped", strategy=strategy,
             store_id=secrets.token_bytes(STORE_ID_BYTES).hex(), parameters=dict(parameters or {}),
         )  # fmt: skip
         try:
             with ExitStack() as undo:
-                undo.callback(folder.close)
+                undo.callback(folder.give_up)
                 self._scheduler = scheduler_of(folder.path)
                 undo.callback(self._scheduler.release)
                 self._writes = WriteBehind(
@@ -116,18 +113,21 @@ class SegmentedStorage(Storage):
                     folder.replace_manifest(new.to_json(), durable=False)
                 self._manifest = new if folder.is_new else _kept_manifest(folder, new)
                 self.unbuffered = takes_unbuffered(self.path / MANIFEST)
+                self._files = SegmentFiles(
+                    folder, store_id=self._manifest.store_id, verify=self._options.verify, unbuffered=self.unbuffered
+                )
                 # also at interpreter exit, and when the user just drops the cache
                 self._dispose = weakref.finalize(
-                    self, _dispose, folder, self._segments, self._writes, self._scheduler, self._owner
+                    self, _dispose, folder, self._files, self._writes, self._scheduler, self._owner
                 )
                 undo.pop_all()
         except OSError as error:
             raise failed_write(error, self.path, ALIGNMENT) from error
 
     @property
-    def committed(self) -> tuple[Extent, ...]:
-        """What the last commit listed, layer after layer."""
-        return tuple(one.extent for one in self._manifest.records)
+    def committed(self) -> tuple[KeptLayer, ...]:
+        """What the last commit listed."""
+        return self._manifest.layers
 
     @property
     def buffer_bytes(self) -> int:
@@ -149,10 +149,11 @@ class SegmentedStorage(Storage):
         encoded: Sequence[Tensor] | None = None,
     ) -> Location:
         self.raise_failed()
-        if not self._adopted:
+        if not self._begun and not self._folder.is_new:
             raise StoreContractError(
                 f"{self.path} holds records: adopt those that are to stay before anything is written."
             )
+        self._begun = True
         layout = block.layout
         if layout.dtype_name not in DTYPE_CODES:
             raise StorageError(
@@ -160,12 +161,13 @@ class SegmentedStorage(Storage):
             )
         length = layout.nbytes(key.rows, key.tokens) if encoded is None else sum(part.nbytes for part in encoded)
         size = record_bytes(length)
-        check_room(self.path, size, self._disk_bytes, self._options)
+        end = self._files.end(segment)
+        begin = end if at is None else at
+        check_room(self.path, size, self._files.disk_bytes, max(begin + size - end, 0), self._options)
         try:
-            target = self._segment(segment)
+            target = self._files.get(segment)
         except OSError as error:
             raise failed_write(error, self.path, size) from error
-        begin = target.end if at is None else at
         if begin % ALIGNMENT or begin < 0 or not target.is_free(begin, begin + size):
             raise StoreContractError(f"at={begin}: {size} bytes from there are not free in segment {segment}.")
         location = Location(length, segment, begin + ALIGNMENT, encoded is not None)
@@ -174,8 +176,7 @@ class SegmentedStorage(Storage):
             payload = buffer[ALIGNMENT : ALIGNMENT + length]
             pack(block, payload) if encoded is None else lay_out(encoded, payload)
             buffer[ALIGNMENT + length : size] = 0
-            with self._lock:
-                target.take(location)
+            self._files.take(location)
             # refers to no more than it needs: a cache that is dropped while it writes must not be kept alive by that
             job = functools.partial(
                 write_record, target, Extent.of(key, layout, location), tensor_bytes(buffer)[:size], self._moved
@@ -184,8 +185,7 @@ class SegmentedStorage(Storage):
             return location
         except BaseException:
             self._writes.give_up(location, buffer)
-            with self._lock:
-                target.let_go([location])
+            self._files.let_go([location])
             raise
 
     def raise_failed(self) -> None:
@@ -196,13 +196,12 @@ class SegmentedStorage(Storage):
         self._check_usable()
         self._writes.flush()
 
-    def commit(self, extents: Iterable[Extent], *, tokens: int, durable: bool = False) -> None:
+    def commit(self, layers: Iterable[KeptLayer], *, durable: bool = False) -> None:
         """Write the table down, in one step: a store over this folder can go on from here, whatever happens later, as
         long as none of these records is freed. Whoever frees one commits without it first.
 
         Args:
-            extents: all that is to be found again, layer after layer, in order of position.
-            tokens: positions that they cover.
+            layers: all that is to be found again, in order.
             durable: whether all of it must be on the disk, not only on its way there, before this returns.
 
         Raises:
@@ -210,68 +209,33 @@ class SegmentedStorage(Storage):
             StorageError: the disk refused; the last commit still stands, or, where the last step failed, this one.
         """
         self.flush()
-        records = tuple(Committed(extent, self._segment_of(extent).checksum(extent)) for extent in extents)
-        manifest = attrs.evolve(self._manifest, records=records, tokens=tokens)
+        table = tuple(layers)
+        checksums = {extent.location: self._files.of(extent).checksum(extent) for extent in extents_of(table)}
+        manifest = attrs.evolve(self._manifest, layers=table, checksums=checksums)
         raw = manifest.to_json(compact_from=self._compact_from)
         try:
             if durable:
-                self._sync()
+                self._files.sync()
             self._folder.replace_manifest(raw, durable=durable)
         except OSError as error:
             raise failed_write(error, self.path, len(raw)) from error
         self._manifest = manifest
         self._compactions = manifest.compactions(compact_from=self._compact_from)
 
-    def _sync(self) -> None:
-        """Wait until the files are on the medium. Never again after the system refused: what it could not write then it
-        may have forgotten, and the next call would not tell."""
-        if self._unsynced:
-            raise StorageError(f"An earlier fsync in {self.path} failed, so nothing more is committed durably there.")
-        try:
-            for segment in self._segments.values():
-                shim.disk.fsync(segment.file.fd)
-        except OSError:
-            self._unsynced = True
-            raise
-
     def adopt(self, extents: Sequence[Extent]) -> None:
         self._check_usable()
-        by_segment: dict[int, list[Location]] = {}
-        for extent in extents:
-            by_segment.setdefault(extent.location.segment, []).append(extent.location)
-        for number, locations in by_segment.items():
-            self._check_places(number, locations)
-        try:
-            self._folder.remove_segments(keep=by_segment)
-        except OSError as error:
-            raise StorageError(f"Cannot remove what is not used of {self.path}: {reason(error)}.") from error
-        checksums = {one.extent.location: one.checksum for one in self._manifest.records}
-        with self._lock:
-            for number, locations in by_segment.items():
-                for location in locations:
-                    self._segments[number].take(location, committed=checksums.get(location))
-                self._segments[number].let_go(())
-        self._adopted = True
-
-    def _check_places(self, number: int, locations: Sequence[Location]) -> None:
-        """Whether records can be where they are said to be in a file that is there."""
-        try:
-            size = shim.disk.fstat(self._segment(number, make=False).file.fd).st_size
-        except (FileNotFoundError, ConfigurationError):
-            raise CorruptDataError(f"There is no segment {number} in {self.path}.") from None
-        except OSError as error:
-            raise StorageError(f"Cannot open segment {number} in {self.path}: {reason(error)}.") from error
-        end = 0
-        for location in sorted(locations, key=lambda location: location.offset):
-            begin, stop = record_span(location)
-            if begin % ALIGNMENT or location.nbytes < 0 or not end <= begin < stop <= size:
-                raise CorruptDataError(f"Records of segment {number} in {self.path} overlap or end behind the file.")
-            end = stop
+        if self._begun:
+            raise StoreContractError(
+                f"{self.path} is in use already: adopt what is to stay once, before anything else."
+            )
+        self._files.adopt([extent.location for extent in extents], self._manifest.checksums)
+        self._begun = True
 
     def read(self, extents: Sequence[Extent], buffer: Tensor) -> list[Tensor]:
         begin, end = run_span(extents)
         view = _room(buffer, end - begin)
-        self._segment_of(extents[0]).read(extents, view, self._writes.rescue)
+        self._check_usable()
+        self._files.of(extents[0]).read(extents, view, self._writes.rescue)
         self._moved.add(read=end - begin)
         return [
             buffer[location.offset - begin : location.offset - begin + location.nbytes]
@@ -285,7 +249,8 @@ class SegmentedStorage(Storage):
     def read_pieces(self, pieces: Pieces, buffer: Tensor) -> Tensor:
         length = pieces.stop - pieces.start
         view = _room(buffer, padded(length))
-        self._segment_of(pieces.extent).read_pieces(pieces, view, self._writes.rescue)
+        self._check_usable()
+        self._files.of(pieces.extent).read_pieces(pieces, view, self._writes.rescue)
         self._moved.add(read=length)
         return buffer[:length]
 
@@ -293,12 +258,10 @@ class SegmentedStorage(Storage):
         self._check_owner()
         for location in locations:
             self._writes.forget(location)
-        with self._lock:
-            for number in {location.segment for location in locations} & set(self._segments):
-                self._segments[number].let_go(location for location in locations if location.segment == number)
+        self._files.let_go(locations)
 
     def holds(self, segment: int) -> bool:
-        return segment in self._segments and not self._segments[segment].is_empty
+        return self._files.holds(segment)
 
     def close(self) -> None:
         self._closed = True
@@ -311,18 +274,12 @@ class SegmentedStorage(Storage):
             ) from error
 
     def stats(self) -> StoreStats:
-        with self._lock:
-            disk_bytes = self._disk_bytes
         return StoreStats(
-            disk_bytes=disk_bytes,
+            disk_bytes=self._files.disk_bytes,
             bytes_written=self._moved.written,
             bytes_read=self._moved.read,
             compactions=self._compactions,
         )
-
-    @property
-    def _disk_bytes(self) -> int:
-        return sum(segment.end for segment in self._segments.values())
 
     def _check_usable(self) -> None:
         self._check_owner()
@@ -330,31 +287,7 @@ class SegmentedStorage(Storage):
             raise CacheClosedError("This cache is closed: make a new one.")
 
     def _check_owner(self) -> None:
-        if os.getpid() != self._owner:
-            raise CacheForkedError("This cache was made before the process was forked: make a new one in the child.")
-
-    def _segment(self, number: int, *, make: bool = True) -> Segment:
-        """The open file of a segment."""
-        if number not in self._segments:
-            name = segment_name(number)
-            fd = self._folder.open_file(name, shim.UNBUFFERED * self.unbuffered, make=make)
-            segment = Segment(
-                self.path / name,
-                DataFile(fd, unbuffered=self.unbuffered),
-                store_id=bytes.fromhex(self._manifest.store_id),
-                verify=self._options.verify,
-            )
-            with self._lock:
-                self._segments[number] = segment
-        return self._segments[number]
-
-    def _segment_of(self, extent: Extent) -> Segment:
-        self._check_usable()
-        with self._lock:
-            segment = self._segments.get(extent.location.segment)
-        if segment is None:
-            raise CorruptDataError(f"There is no segment {extent.location.segment} in {self.path}.")
-        return segment
+        check_process(self._owner)
 
 
 def _room(buffer: Tensor, nbytes: int) -> memoryview:
@@ -370,6 +303,7 @@ def _kept_manifest(folder: CacheFolder, new: Manifest) -> Manifest:
         found = Manifest.from_json(folder.read_manifest(MAX_MANIFEST_BYTES + 1))
     except (CorruptDataError, EOFError, FileNotFoundError) as error:
         raise CorruptDataError(f"{folder.path} cannot be gone on with: {error}.") from error
+    new = Manifest.from_json(new.to_json())  # as it would come back: JSON has no tuples
     for name in ("strategy", "parameters", "lifecycle"):
         theirs, ours = getattr(found, name), getattr(new, name)
         if theirs != ours:
@@ -377,9 +311,7 @@ def _kept_manifest(folder: CacheFolder, new: Manifest) -> Manifest:
     return found
 
 
-def _dispose(
-    folder: CacheFolder, segments: dict[int, Segment], writes: WriteBehind, scheduler: IOScheduler, owner: int
-) -> None:
+def _dispose(folder: CacheFolder, files: SegmentFiles, writes: WriteBehind, scheduler: IOScheduler, owner: int) -> None:
     """End what is being written, close the files and the folder, in the process that made them only. May be called
     until it has succeeded, and afterwards."""
     if os.getpid() != owner:
@@ -387,12 +319,10 @@ def _dispose(
     with ExitStack() as steps:  # from the last to the first; the next one is done even if one fails
         steps.callback(scheduler.release)
         steps.callback(folder.close)
-        steps.callback(_end_writing, segments, writes)
+        steps.callback(_end_writing, files, writes)
 
 
-def _end_writing(segments: dict[int, Segment], writes: WriteBehind) -> None:
+def _end_writing(files: SegmentFiles, writes: WriteBehind) -> None:
     """Close the files, but not while somebody still writes there: other files may get their numbers."""
     writes.close()
-    while segments:
-        _, segment = segments.popitem()
-        shim.disk.close(segment.file.fd)
+    files.close()

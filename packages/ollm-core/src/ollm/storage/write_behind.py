@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ollm.contracts.blocks import Location
 from ollm.io.buffers import BufferPool, tensor_bytes
-from ollm.io.scheduler import IOScheduler
+from ollm.io.scheduler import IOScheduler, promise
 from ollm.storage.options import BUFFER_BYTES, WRITE_BUFFERS
 
 
@@ -28,7 +28,7 @@ class _Write:
     buffer: Tensor
     nbytes: int
     action: Callable[[], None]
-    future: Future[None] = attrs.field(factory=Future)
+    future: Future[None] = attrs.field(factory=promise)
     reported: bool = False
 
     @property

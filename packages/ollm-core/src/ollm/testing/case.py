@@ -3,8 +3,9 @@ goes on with a folder that was kept."""
 
 from __future__ import annotations
 
+import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,6 +21,7 @@ from ollm.contracts.spill import KVGeometry, LayerGeometry
 from ollm.contracts.strategy import KVBuildContext
 from ollm.errors import OllmError, UnsupportedOperationError
 from ollm.storage.folder import CacheFolder
+from ollm.storage.kept import KeptLayer
 from ollm.storage.options import WRITE_BUFFERS, StorageOptions
 from ollm.storage.segments import SegmentedStorage
 from ollm.testing.blocks import assert_equal, assert_holds, random_block, read_extent
@@ -109,11 +111,16 @@ def flush_writes(store: KVStore) -> None:
         store.storage.flush()
 
 
-def commit(store: KVStore, extents: Sequence[Extent], *, durable: bool = False) -> None:
+def commit(store: KVStore, extents: Iterable[Extent], *, durable: bool = False) -> None:
     """Write the table of a layer, or of several, down, where the store is over a storage of ollm's."""
     if isinstance(store.storage, SegmentedStorage):
-        ordered = sorted(extents, key=lambda extent: (extent.key.layer, extent.start))
-        store.storage.commit(ordered, tokens=max((extent.stop for extent in extents), default=0), durable=durable)
+        store.storage.commit(kept_layers(extents), durable=durable)
+
+
+def kept_layers(extents: Iterable[Extent]) -> list[KeptLayer]:
+    """The layers that have these extents, and lost nothing."""
+    ordered = sorted(extents, key=lambda extent: (extent.key.layer, extent.start))
+    return [KeptLayer.of([*group]) for _, group in itertools.groupby(ordered, lambda extent: extent.key.layer)]
 
 
 def files_of(cache_dir: Path) -> list[Path]:

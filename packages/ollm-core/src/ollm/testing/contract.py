@@ -227,6 +227,9 @@ class ContractTests(StoreCase):
         assert store.sinks >= 0
 
     def test_close_twice(self, store: KVStore) -> None:
+        """And look at the counters then, as `cache.state()` does."""
         write_blocks(store, self.blocks(store, 1, 4))
+        written = store.stats().bytes_written
         store.close()
         store.close()
+        assert store.stats().bytes_written >= written

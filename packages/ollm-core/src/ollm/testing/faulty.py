@@ -22,6 +22,7 @@ from ollm.errors import OllmError
 from ollm.io.scheduler import _schedulers
 from ollm.kv.history import LayerHistory
 from ollm.kv.session import KVSession
+from ollm.storage.kept import extents_of
 from ollm.storage.segments import SegmentedStorage
 from ollm.testing.blocks import assert_same, random_block, write_blocks
 from ollm.testing.case import StoreCase, assert_nothing_left, commit, files_of, flush_writes, some, untyped
@@ -142,7 +143,7 @@ class FaultsTests(StoreCase):
             return
         table = progress.committed
         if isinstance(store.storage, SegmentedStorage):
-            found = [*store.storage.committed]
+            found = extents_of(store.storage.committed)
             table = next(
                 (table for table in (progress.committed, progress.attempted) if [*table] == found), progress.committed
             )

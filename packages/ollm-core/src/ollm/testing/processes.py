@@ -11,17 +11,20 @@ from contextlib import contextmanager
 from types import FrameType
 
 
-def in_child(action: Callable[[], None], *, killed: bool = False) -> None:
+def in_child(action: Callable[[], None], *, killed: bool = False, seconds: int = 60) -> None:
     """Run `action` in a forked child; what fails there fails here, with the child's traceback.
 
     Args:
         action: what to do there.
         killed: whether it ends with kill -9.
+        seconds: after which the system ends it, whatever it waits for.
     """
     reader, writer = os.pipe()
     pid = _fork()
     if pid == 0:
         code = 0
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.alarm(seconds)
         try:
             action()
         except BaseException:
@@ -34,6 +37,8 @@ def in_child(action: Callable[[], None], *, killed: bool = False) -> None:
         report = pipe.read().decode()
     _, status = os.waitpid(pid, 0)
     code = os.waitstatus_to_exitcode(status)
+    if code == -signal.SIGALRM:
+        report = f"it hangs: nothing came of it in {seconds} s"
     assert code == (-signal.SIGKILL if killed else 0), f"in the child:\n{report}"
 
 

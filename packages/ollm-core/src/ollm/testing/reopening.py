@@ -21,6 +21,7 @@ import pytest
 from ollm.contracts.blocks import Extent, KVBlock
 from ollm.contracts.kv import KVStore
 from ollm.errors import OllmError
+from ollm.storage.kept import extents_of
 from ollm.storage.segments import SegmentedStorage
 from ollm.testing.blocks import load_table, read_extent, save_table, write_blocks
 from ollm.testing.case import StoreCase, bytes_of, commit, files_of, flip, flush_writes, some, typed
@@ -242,7 +243,7 @@ class ReopeningTests(StoreCase):
             errors = self.right_or_refused(store, table, what)
             with suppress(OllmError):  # it may say that its files are not what they were
                 store.close()
-        return errors, [*store.storage.committed] if isinstance(store.storage, SegmentedStorage) else None
+        return errors, extents_of(store.storage.committed) if isinstance(store.storage, SegmentedStorage) else None
 
 
 @contextmanager

@@ -11,7 +11,7 @@ class WeightCounters:
 
     read_bytes: int = 0
     """Read from the model's files after it was loaded, for streamed layers and for those that became resident. Whole
-    blocks of the disk, so a little more than the weights are."""
+    sectors of the disk, so a little more than the weights are."""
     wait_seconds: float = 0.0
     """Time for which layers waited to be read."""
     layers_entered: int = 0

@@ -192,7 +192,7 @@ class WeightLayout:
 
 
 def _runs(ready: Sequence[tuple[int, Parameter]]) -> Iterator[list[tuple[int, StoredTensor]]]:
-    """Tensors that follow each other in a file, at most a block apart."""
+    """Tensors that follow each other in a file, at most a sector of 4 KiB apart."""
     tensors = [(number, parameter.sources[0].stored) for number, parameter in ready]
     run: list[tuple[int, StoredTensor]] = []
     for number, tensor in sorted(tensors, key=lambda item: (str(item[1].file.path), item[1].offset)):

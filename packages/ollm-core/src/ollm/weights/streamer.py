@@ -62,6 +62,7 @@ class WeightStreamer:
         self._checkpoint = checkpoint
         self._process = os.getpid()
         self._lock = threading.RLock()
+        self._lock_process = self._process
         self._bindings = [
             Binding(layer, device, functools.partial(self._bring, index)) for index, layer in enumerate(layers)
         ]
@@ -100,7 +101,7 @@ class WeightStreamer:
             WeightsError: a layer that is to leave memory was changed there by somebody; nothing was changed. Or a
                 layer cannot be read: what was to be kept is kept, all other layers are on disk.
         """
-        with self._lock, torch.inference_mode(False):
+        with self._alone(reads=True), torch.inference_mode(False):
             self._leave()
             memory = self._memory
             wanted = {index: self._home(tier) for index, tier in enumerate(tiers) if tier is not Tier.DISK}
@@ -129,7 +130,7 @@ class WeightStreamer:
     def remove(self) -> None:
         """Take everything off the model, whose decoder layers are left without weights. May be called until it has
         succeeded, and afterwards."""
-        with self._lock:
+        with self._alone(reads=True):
             self._leave()
             self.changes.close()
             for index in list(self._memory.held):
@@ -143,7 +144,7 @@ class WeightStreamer:
         Raises:
             WeightsError: one of them is not where the model computes.
         """
-        with self._lock:
+        with self._alone():
             for binding in self._bindings:
                 binding.check_present()
 
@@ -158,7 +159,7 @@ class WeightStreamer:
     def standing_in(self) -> Iterator[None]:
         """Meanwhile, one streamed layer of each kind stands in for all of its kind, so that a forward pass reads next
         to nothing: for trials that compare two ways through the model, whatever its weights. Other threads wait."""
-        with self._lock:
+        with self._alone():
             self._leave()
             self._memory.stop()
             self._memory.start(self._streamed())
@@ -181,7 +182,7 @@ class WeightStreamer:
 
     def _bring(self, index: int) -> bool:
         """Whether a layer is where the model computes, once it is decided."""
-        with self._lock:
+        with self._alone():
             self._decide()
             return self._bound_for_good(index)
 
@@ -222,7 +223,7 @@ class WeightStreamer:
         self._memory.start(self._streamed())
 
     def _one_at_a_time(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        with self._lock:
+        with self._alone():
             self._begin()
             try:
                 result = forward(*args, **kwargs)
@@ -231,10 +232,26 @@ class WeightStreamer:
             finally:
                 self._leave()
 
+    @contextmanager
+    def _alone(self, *, reads: bool = False) -> Iterator[None]:
+        """One thread at a time. In a forked child a thread of the parent may hold the lock for ever, and nobody reads.
+
+        Args:
+            reads: whether weights may have to be read, also where all layers are bound.
+
+        Raises:
+            WeightsError: this is a forked child, and the threads that read are its parent's.
+        """
+        process = os.getpid()
+        if process != self._process and (reads or not self._all_bound):
+            raise WeightsError("A model whose weights are streamed was used in a forked process: load it there.")
+        if process != self._lock_process:
+            self._lock, self._lock_process = threading.RLock(), process
+        with self._lock:
+            yield
+
     def _begin(self) -> None:
         """Check what may have changed since the last forward pass."""
-        if os.getpid() != self._process and not self._all_bound:
-            raise WeightsError("A model whose weights are streamed was used in a forked process: load it there.")
         self._decide()
         if self._all_bound:  # then nothing is read, as with any other model
             return
