@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import time
+
 import attrs
+import torch
 
 from core.testing.planted.catching import Table
 from core.testing.planted.sound import MemoryStore, RoundingStore
@@ -233,6 +236,20 @@ class TestTakesWhatDoesNotBelongTogether(MemoryCase):
         def write(self, block, key):
             block = attrs.evolve(block, values=block.values.to(block.keys.dtype))
             return super().write(block, key)
+
+
+@caught_by("test_several_threads_decode_at_once", "bytes differ")
+class TestOnePlaceForAllDecoders(MemoryCase):
+    class store_type(MemoryStore):
+        decodes_ahead = True
+        place = torch.empty(2**16, dtype=torch.uint8)
+
+        def decode(self, extent, raw, out):
+            place = self.place[: raw.numel()]
+            place.copy_(raw)
+            time.sleep(0.001)  # gives others their turn, so that the planted fault shows; no test waits for it
+            block = unpack(extent, place)
+            return KVBlock(out.keys.copy_(block.keys), out.values.copy_(block.values)) if out else unpack(extent, raw)
 
 
 @caught_by("test_forks|test_beams|test_greedy_generation", ".")

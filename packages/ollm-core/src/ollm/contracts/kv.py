@@ -37,6 +37,10 @@ class KVStore(ABC):
             parts of one; `None` for stores that override `read`.
         in_memory: whether `read` only looks something up. Core then calls it when the bytes are needed, on the
             thread that needs them, instead of ahead of that on a worker, and keeps no resident copies.
+        decodes_ahead: whether `decode` may run on several threads at once, and beside `write` and `free`: it depends
+            on nothing but its arguments and what never changes. Where attention runs on the host, core then decodes
+            on the threads that read, ahead of attention: worth it for what takes long and leaves Python's lock alone,
+            as decompression does.
     """
 
     extent_tokens: int | None = None
@@ -48,6 +52,8 @@ class KVStore(ABC):
     storage: Storage | None = None
 
     in_memory: bool = False
+
+    decodes_ahead: bool = False
 
     @abstractmethod
     def write(self, block: KVBlock, key: BlockKey) -> Location:

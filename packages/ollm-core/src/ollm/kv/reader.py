@@ -8,6 +8,7 @@ extents, and whoever frees some says so first. Reading ahead across layers is Fl
 
 from __future__ import annotations
 
+import functools
 import itertools
 import time
 from collections import deque
@@ -19,11 +20,10 @@ import attrs
 import torch
 from torch import Tensor
 
-from ollm.contracts.blocks import Extent, Location
+from ollm.contracts.blocks import Extent, KVBlock, Location
 from ollm.contracts.kv import KVStore
-from ollm.contracts.storage import Storage
 from ollm.errors import StoreContractError
-from ollm.io.buffers import BufferPool
+from ollm.io.buffers import ALIGNMENT, BufferPool
 from ollm.kv.state import KVCounters
 from ollm.storage.records import run_span
 
@@ -33,6 +33,8 @@ Coming = Callable[[], Iterable[Run]]
 """What will be wanted after what is asked for, as far as one can tell; finite."""
 Submit = Callable[..., Future[Any]]
 Wait = Callable[[], None]
+Found = tuple[Tensor, KVBlock | None]
+"""The raw bytes of an extent, and its keys and values if a worker decoded them."""
 
 
 @attrs.define(eq=False)
@@ -40,8 +42,9 @@ class _Read:
     """One request, from its submission until its bytes were used."""
 
     run: Run
-    buffer: Tensor | None
-    future: Future[list[Tensor]]
+    buffers: list[tuple[BufferPool, Tensor]]
+    """What a worker fills: with bytes, if they come from a storage, and with what it makes of them, if it decodes."""
+    future: Future[list[Found]]
     until: Wait | None = None
     """Waits for whoever goes on reading the buffer after it was used."""
 
@@ -50,8 +53,9 @@ class BlockReader:
     """Reads for one cache, on the workers of its disk, into its own buffers. For one thread."""
 
     def __init__(
-        self, store: KVStore, submit: Submit, *, strategy: str, buffers: BufferPool, counters: KVCounters
-    ) -> None:
+        self, store: KVStore, submit: Submit, *, strategy: str, buffers: BufferPool, counters: KVCounters,
+        decoded: BufferPool | None = None,
+    ) -> None:  # fmt: skip
         """Nothing is read yet.
 
         Args:
@@ -60,8 +64,10 @@ class BlockReader:
             strategy: its name, for messages.
             buffers: as many as there may be reads.
             counters: the session's.
+            decoded: as many, for what workers decode; without them, they do not.
         """
         self._store = store
+        self._decoded = decoded
         self._submit_action = submit
         self._strategy = strategy
         self._buffers = buffers
@@ -74,10 +80,10 @@ class BlockReader:
     @property
     def buffer_bytes(self) -> int:
         """Memory of the buffers."""
-        return self._buffers.nbytes
+        return self._buffers.nbytes + (0 if self._decoded is None else self._decoded.nbytes)
 
-    def read(self, runs: Sequence[Run], coming: Coming) -> Generator[list[Tensor], None, None]:
-        """The raw bytes of the extents of each run, in order, each until the next is asked for.
+    def read(self, runs: Sequence[Run], coming: Coming) -> Generator[list[Found], None, None]:
+        """What is found of the extents of each run, in order, each until the next is asked for.
 
         Raises:
             CorruptDataError, StorageError: an extent cannot be read; nothing is being read then.
@@ -152,13 +158,22 @@ class BlockReader:
                 self._ahead.append(self._submit(run))
 
     def _submit(self, run: Run) -> _Read:
-        storage = self._store.storage
+        storage, until = self._store.storage, None
+        buffers = []  # if asking fails they are dropped, and so free once nobody reads into them
         if storage is None:
-            return _Read(run, None, self._submit_action(lambda: [self._store.read(run[0])]))
-        begin, end = run_span(run)
-        buffer = self._buffers.take(end - begin)  # if asking fails it is dropped, and so free once nobody reads into it
-        until = self._busy.pop(buffer.data_ptr(), None)
-        return _Read(run, buffer, self._submit_action(_read_into, storage, run, buffer, until))
+            read: Callable[[], list[Tensor]] = functools.partial(_look_up, self._store, run)
+        else:
+            begin, end = run_span(run)
+            buffer = self._buffers.take(end - begin)
+            buffers.append((self._buffers, buffer))
+            until = self._busy.pop(buffer.data_ptr(), None)
+            read = functools.partial(storage.read, run, buffer)
+        decode = None
+        if self._decoded is not None:
+            place = self._decoded.take(sum(map(_decoded_bytes, run)))
+            buffers.append((self._decoded, place))
+            decode = functools.partial(_decode_into, self._store, place)
+        return _Read(run, buffers, self._submit_action(_work, self._strategy, run, read, decode, until))
 
     def _failed(self, read: _Read) -> bool:
         """Whether a read that is under way comes to nothing."""
@@ -167,23 +182,21 @@ class BlockReader:
         self._counters.load_seconds += time.perf_counter() - began
         return error is not None
 
-    def _result(self, read: _Read) -> list[Tensor]:
+    def _result(self, read: _Read) -> list[Found]:
         began = time.perf_counter()
-        raws = read.future.result()
+        found = read.future.result()
         self._counters.load_seconds += time.perf_counter() - began
-        for extent, raw in zip(read.run, raws, strict=True):
-            check_raw(self._strategy, extent, raw)
-            self._counters.loaded_bytes += extent.location.nbytes
-        return raws
+        self._counters.loaded_bytes += sum(extent.location.nbytes for extent in read.run)
+        return found
 
     def _finish(self, read: _Read) -> None:
-        """Nobody uses its bytes any more: wait for the worker, if it is at it, and take the buffer back."""
+        """Nobody uses its bytes any more: wait for the worker, if it is at it, and take the buffers back."""
         if not read.future.done() and not read.future.cancel():
             wait([read.future])
-        if read.buffer is not None:
+        for pool, buffer in read.buffers:
             if read.until is not None:
-                self._busy[read.buffer.data_ptr()] = read.until
-            self._buffers.give_back(read.buffer)
+                self._busy[buffer.data_ptr()] = read.until
+            pool.give_back(buffer)
 
 
 def check_raw(strategy: str, extent: Extent, raw: Tensor) -> None:
@@ -198,8 +211,38 @@ def check_raw(strategy: str, extent: Extent, raw: Tensor) -> None:
         )
 
 
-def _read_into(storage: Storage, run: Run, buffer: Tensor, until: Wait | None) -> list[Tensor]:
+def _work(
+    strategy: str,
+    run: Run,
+    read: Callable[[], list[Tensor]],
+    decode: Callable[[Run, list[Tensor]], list[KVBlock]] | None,
+    until: Wait | None,
+) -> list[Found]:
     """What a worker does."""
     if until is not None:
         until()
-    return storage.read(run, buffer)
+    raws = read()
+    for extent, raw in zip(run, raws, strict=True):
+        check_raw(strategy, extent, raw)
+    blocks = [None] * len(run) if decode is None else decode(run, raws)
+    return list(zip(raws, blocks, strict=True))
+
+
+def _look_up(store: KVStore, run: Run) -> list[Tensor]:
+    return [store.read(extent) for extent in run]
+
+
+def _decoded_bytes(extent: Extent) -> int:
+    """What keys and values of an extent take, aligned for the next ones."""
+    return -(-extent.layout.nbytes(extent.key.rows, extent.key.tokens) // ALIGNMENT) * ALIGNMENT
+
+
+def _decode_into(store: KVStore, place: Tensor, run: Run, raws: list[Tensor]) -> list[KVBlock]:
+    blocks, at = [], 0
+    with torch.no_grad():  # is each thread's own
+        for extent, raw in zip(run, raws, strict=True):
+            size = _decoded_bytes(extent)
+            out = KVBlock.empty(extent.layout, extent.key.rows, extent.key.tokens, into=place[at : at + size])
+            blocks.append(store.decode(extent, raw, out))
+            at += size
+    return blocks

@@ -25,7 +25,7 @@ from ollm.io.scheduler import scheduler_of
 from ollm.io.streams import CudaStreams
 from ollm.kv.encoded import EncodedResidency, Scratch
 from ollm.kv.parts import Part, PartReader
-from ollm.kv.reader import BlockReader, Run, check_raw
+from ollm.kv.reader import BlockReader, Found, Run, check_raw
 from ollm.kv.residency import Residency
 from ollm.kv.route import Route, RoutePlanner
 from ollm.kv.state import KVCounters
@@ -89,7 +89,13 @@ class BlockSource:
                     scheduler = scheduler_of(None)
                     self._ends.append(scheduler.release)
                 submit = scheduler.submit if store.storage is None else store.storage.submit
-                self._reader = BlockReader(store, submit, strategy=strategy, buffers=buffers, counters=counters)
+                decoded = None
+                if store.decodes_ahead and not staged:
+                    decoded = BufferPool("Decoded blocks", plan.read_buffers, BUFFER_BYTES)
+                    self._ends.append(decoded.close)
+                self._reader = BlockReader(
+                    store, submit, strategy=strategy, buffers=buffers, counters=counters, decoded=decoded
+                )
                 self._ends.append(self._reader.cancel)
             undo.pop_all()
 
@@ -201,10 +207,10 @@ class BlockSource:
             if isinstance(raws, Generator):
                 raws.close()
 
-    def _decoded_run(self, run: Sequence[Entry], raws: Sequence[Tensor], out: Outputs) -> Iterator[Block]:
-        for entry, raw in zip(run, raws, strict=True):
+    def _decoded_run(self, run: Sequence[Entry], found: Sequence[Found], out: Outputs) -> Iterator[Block]:
+        for entry, (raw, block) in zip(run, found, strict=True):
             self._encoded.offer(entry.extent, raw)
-            yield from self._decode(entry, raw, out, of_reader=True)
+            yield from self._decode(entry, raw, out, of_reader=True) if block is None else self._seen(entry, block)
 
     def _decode_resident(self, entry: Entry, out: Outputs) -> Iterator[Block]:
         """What is resident as it is stored."""
@@ -216,19 +222,24 @@ class BlockSource:
             place = out(entry)
             scratch = self._decoded.block(extent) if place is None else None
             block = self._store.decode(extent, staged, place or scratch)
-            self._check_block(extent, block)
             if scratch is not None:
                 self._decoded.used(block)
-            seen = slice(0, extent.visible)
-            whole = extent.visible == extent.key.tokens
-            yield Block(
-                entry.start,
-                block.keys if whole else block.keys[:, :, seen],
-                block.values if whole else block.values[:, :, seen],
-                entry.row_map,
-                block.key_scale,
-                block.value_scale,
-            )
+            yield from self._seen(entry, block)
+
+    def _seen(self, entry: Entry, block: KVBlock) -> Iterator[Block]:
+        """What is visible of what a store made of an extent."""
+        extent = entry.extent
+        self._check_block(extent, block)
+        seen = slice(0, extent.visible)
+        whole = extent.visible == extent.key.tokens
+        yield Block(
+            entry.start,
+            block.keys if whole else block.keys[:, :, seen],
+            block.values if whole else block.values[:, :, seen],
+            entry.row_map,
+            block.key_scale,
+            block.value_scale,
+        )
 
     def _read_part(self, entry: Entry) -> Iterator[Block]:
         """Only what is visible of an extent."""
@@ -241,12 +252,12 @@ class BlockSource:
         self._counters.loaded_bytes += block.keys.nbytes + block.values.nbytes
         yield from self._on_device(Block(entry.start, block.keys, block.values, entry.row_map))
 
-    def _looked_up(self, run: Run) -> list[Tensor]:
+    def _looked_up(self, run: Run) -> list[Found]:
         """What a store has in memory."""
         raws = [self._store.read(extent) for extent in run]
         for extent, raw in zip(run, raws, strict=True):
             check_raw(self._strategy, extent, raw)
-        return raws
+        return [(raw, None) for raw in raws]
 
     def _on_device(self, block: Block) -> Iterator[Block]:
         """A block in memory where attention can use it."""

@@ -191,6 +191,28 @@ class ContractTests(StoreCase):
             decoded = scaled(store.decode(extent, read.result(), None))
             assert_equal(decoded, block, self.tolerance, f"{{}} of {extent}")
 
+    def test_several_threads_decode_at_once(self, store: KVStore) -> None:
+        """As ollm's I/O workers do where the store `decodes_ahead`, each into a place of its own, while others are
+        written and freed."""
+        if not store.decodes_ahead:
+            pytest.skip("this store is decoded by one thread, and says so")
+        blocks = self.blocks(store, 4, 16, heads=4, key_size=64, value_size=64)
+        extents = write_blocks(store, blocks)
+        raws = [read_raw(store, extent).clone() for extent in extents]
+
+        def decode(number: int) -> KVBlock:
+            extent = extents[number % 4]
+            out = KVBlock.empty(extent.layout, extent.key.rows, extent.key.tokens)
+            return scaled(store.decode(extent, raws[number % 4], out))
+
+        with ThreadPoolExecutor(8) as threads:
+            decoded = [threads.submit(decode, number) for number in range(80)]
+            for seed in range(5):
+                more = write_blocks(store, self.blocks(store, 2, 4, seed=seed), layer=1)
+                store.free([extent.location for extent in more])
+        for number, found in enumerate(decoded):
+            assert_equal(found.result(), blocks[number % 4], self.tolerance, f"{{}} of {extents[number % 4]}")
+
     def test_counters(self, store: KVStore) -> None:
         assert store.stats().representation
         write_blocks(store, self.blocks(store, 1, 5))
