@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from ollm.errors import BlockModeError, UnsupportedOperationError
 from ollm.testing.case import depth
 from together.comparison import STRATEGIES, assert_close, cache_for, stock_cache, tokens
-from together.tiny_models import FAMILIES, make_model
+from together.tiny_models import FAMILIES, RECURRENT, make_model
 
 GRAD_MODES = {
     "inference_mode": torch.inference_mode,
@@ -74,7 +74,7 @@ def test_every_order_of_modes_is_right(model, tmp_path_factory, turns, strategy,
         cache = stack.enter_context(cache_for(model, tmp_path_factory.mktemp("kv"), strategy))
         for number, (turn, mode, cast) in enumerate(turns):
             with GRAD_MODES[mode](), autocast(casts and cast):
-                if turn == "fork":
+                if turn == "fork" and model.config.model_type not in RECURRENT:  # of which no row can be repeated
                     cache = stack.enter_context(cache.fork())
                 found = take_turn(model, cache, turn, number)
             if casts:  # rounded to bfloat16 in other places
