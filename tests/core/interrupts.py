@@ -74,7 +74,8 @@ def _run(action: Callable[[], object], at: int | None) -> tuple[int, str]:
 def _ignored(frame: FrameType | None) -> bool:
     """Whether Python does not raise what is raised here: while it collects garbage."""
     while frame is not None:
-        if frame.f_code in (weakref.finalize.__call__.__code__,) or frame.f_code.co_name == "__del__":
+        collected = frame.f_code is weakref.finalize.__call__.__code__ and frame.f_locals.get("_") is not None
+        if collected or frame.f_code.co_name == "__del__":
             return True
         frame = frame.f_back
     return False

@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import nn
 
+from core.interrupts import interrupted, lines_of
 from ollm import changes as changes_module
 from ollm.changes import Changes, ChangesFor, is_ours
 
@@ -273,3 +274,57 @@ def test_of_changes_that_fail_none_is_made_and_earlier_ones_stay():
     assert log == ["a", "b", "c", "not c", "not b"]
     changes.undo()
     assert log[5:] == ["not a"]
+
+
+def test_an_interrupted_undo_is_completed_by_the_next(layer):
+    """Wherever Ctrl-C comes."""
+    config, was = SimpleNamespace(name="before", other=1), dict(vars(layer))
+
+    def changed():
+        user = Layer()
+        changes = ChangesFor(user)
+
+        def change():
+            made = Changes()
+            made.wrap(layer, plus(1))
+            made.set(config, "name", "ours")
+            made.set(config, "other", 2)
+            return made.close
+
+        changes.make(change)
+        return user, changes
+
+    _, first = changed()
+    for at in range(lines_of(first.undo)):
+        _user, changes = changed()
+        assert (config.name, config.other, layer(X).item()) == ("ours", 2, 3)
+        where = interrupted(changes.undo, at)
+        changes.undo()
+        assert vars(config) == {"name": "before", "other": 1}, where
+        assert dict(vars(layer)) == was, where
+        assert changes.made == [], where
+    assert not changes_module._settings
+
+
+def test_an_interrupted_change_is_undone(layer):
+    config, was = SimpleNamespace(name="before"), dict(vars(layer))
+
+    def change():
+        made = Changes()
+        try:
+            made.wrap(layer, plus(1))
+            made.set(config, "name", "ours")
+            return made.close
+        except BaseException:
+            made.close()
+            raise
+
+    user = Layer()
+    changes = ChangesFor(user)
+    count = lines_of(lambda: changes.make(change))
+    changes.undo()
+    for at in range(count):
+        where = interrupted(lambda changes=changes: changes.make(change), at)
+        if where:
+            changes.undo()  # what the interrupt left of it, if it was made
+        assert (config.name, dict(vars(layer))) == ("before", was), where

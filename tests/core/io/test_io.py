@@ -133,6 +133,20 @@ def test_a_pool_makes_as_many_buffers_as_are_used_at_once_and_uses_them_again():
     pool.close()
 
 
+def test_a_buffer_that_is_dropped_is_free_again():
+    """Whoever is interrupted between taking one and giving it back has no way to do that."""
+    pool = BufferPool("Buffers", 1, ALIGNMENT)
+    for _ in range(3):
+        buffer = pool.take(1)
+        assert not pool.has_free
+        part = buffer[:1]
+        del buffer
+        assert pool.has_free
+    other = pool.take(1)
+    assert other.data_ptr() != part.data_ptr(), "what somebody still reads or writes is not given to others"
+    pool.close()
+
+
 def test_a_pool_draws_on_the_ledger_and_gives_back(monkeypatch):
     ledger = MemoryLedger()
     monkeypatch.setattr(buffers_module, "ledger", ledger)

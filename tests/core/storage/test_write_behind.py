@@ -229,7 +229,7 @@ def test_the_threads_that_there_are_do_all_the_work_where_no_more_can_be_had(tmp
 
 
 def test_an_interrupt_while_a_failed_write_is_tried_again_leaves_nobody_waiting(tmp_path, gate, monkeypatch):
-    for at in itertools.count(0, 2):
+    for at in itertools.count():
         storage = open_storage(tmp_path)
         disk = gate(errno.EIO)
         extent = put(storage, b"kept", flush=False)

@@ -253,6 +253,31 @@ def test_an_interrupt_while_a_read_is_asked_for_comes_up_and_loses_no_slot(sched
     assert not ring._flying
 
 
+def test_a_slot_that_is_read_into_by_an_interrupted_request_is_given_to_nobody(scheduler, log, monkeypatch):
+    ring, reads, buffers = make(scheduler, log)
+    reads[1][1].gate.clear()
+    submit, asked = scheduler.submit, []
+
+    def interrupting(action, request):
+        submit(action, request)
+        if request.read is reads[1][1] and not asked:
+            asked.append(request)
+            while request._turn:  # until a worker has it
+                time.sleep(0)
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(scheduler, "submit", interrupting)
+    with watchdog(30):
+        with pytest.raises(KeyboardInterrupt):
+            ring.take(0)
+        taken = {layer: ring.take(layer) for layer in (3,)}
+        reads[1][1].gate.set()
+        while asked[0] in ring._flying:
+            time.sleep(0)
+        assert [buffers[slot].tolist() for slot in taken.values()] == [[3, 3]]
+        ring.close()
+
+
 def test_without_a_thread_a_layer_is_an_error_and_the_next_time_it_works(tmp_path, log, no_new_threads, workers):
     scheduler = scheduler_of(tmp_path)
     ring, _, buffers = make(scheduler, log)
