@@ -10,8 +10,12 @@ import torch
 from core.storage.golden_files import check_golden, fix_store_id, small_block
 from ollm.builtin.chunked import ChunkedStore
 from ollm.builtin.resident import ResidentStore
+from ollm.contracts.spill import SpillPlan
 from ollm.errors import StorageError
-from ollm.plugin import BlockKey, KVBlock
+from ollm.kv.history import LayerHistory
+from ollm.kv.session import KVSession
+from ollm.plugin import BlockKey, KVBlock, SegmentedStore, pack, unpack
+from ollm.storage.options import BUFFER_BYTES
 from ollm.testing import KVStoreTests, PluginTests, assert_holds, random_block, store_context, write_blocks
 
 GOLDEN = Path(__file__).parents[1] / "storage" / "golden"
@@ -29,6 +33,35 @@ class TestResident(KVStoreTests):
 
 class TestPlugin(PluginTests):
     distribution = "ollm-core"
+
+
+class TwiceOver(SegmentedStore):
+    """An encoding that is longer than what it stands for."""
+
+    def encode(self, block):
+        return [pack(block), pack(block)]
+
+    def decode(self, extent, raw, out):
+        first, second = raw.chunk(2)
+        assert first.equal(second)
+        return unpack(extent, first)
+
+
+def test_an_encoding_may_be_longer_than_its_block(tmp_path):
+    """And than the buffers in which it is written and read."""
+    store = TwiceOver(store_context(tmp_path).storage())
+    session = KVSession(store, SpillPlan(flush_tokens=4, flush_bytes=2**30), strategy="test", layers=[0])
+    layer = LayerHistory(0, session)
+    keys = torch.arange(3 * 2**20, dtype=torch.float32).view(1, 1, 4, -1)
+    layer.append(keys, -keys)
+    stored = [entry.extent.location.nbytes for entry in layer.table.entries]
+    assert sum(stored) == 2 * 2 * keys.nbytes
+    assert max(stored) > BUFFER_BYTES
+    new = torch.zeros(1, 1, 1, keys.shape[3])
+    ours = layer.gather(new, new)
+    assert torch.equal(ours[0], torch.cat([keys, new], 2))
+    assert torch.equal(ours[1], torch.cat([-keys, new], 2))
+    session.close()
 
 
 def make_chunked(folder):

@@ -12,6 +12,7 @@ from typing import Any
 
 import attrs
 import hypothesis.strategies as st
+from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 
 from ollm.contracts.blocks import Extent, KVBlock
@@ -39,7 +40,10 @@ class RandomOperationsTests(StoreCase):
         """What was written and not freed is given back, whatever else was done."""
         goes_on = self.can_go_on(tmp_path)
         machine: Any = partial(_StoreMachine, self, goes_on)
-        run_state_machine_as_test(machine, settings=unhurried(max_examples=depth(30)))
+        # every step reads all that there is: with the 50 of Hypothesis' default this takes longer than all other tests
+        steps = min(settings().stateful_step_count, 10 + depth(10))
+        tried = unhurried(max_examples=depth(30), stateful_step_count=steps)
+        run_state_machine_as_test(machine, settings=tried)
 
 
 class _StoreMachine(RuleBasedStateMachine):
