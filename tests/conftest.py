@@ -9,10 +9,14 @@ import threading
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
-from hypothesis import settings
+from hypothesis import Phase, settings
 
-settings.register_profile("quick", max_examples=80, stateful_step_count=15, deadline=None)
+settings.register_profile("quick", max_examples=50, stateful_step_count=15, deadline=None)
 settings.register_profile("nightly", max_examples=2000, stateful_step_count=40, deadline=None)
+# for planted bugs, which must be found; how small the case can be made nobody asks
+settings.register_profile(
+    "unshrunk", settings.get_profile("quick"), max_examples=80, phases=[Phase.explicit, Phase.generate]
+)
 settings.load_profile("quick")
 
 

@@ -66,7 +66,8 @@ def outcomes(tmp_path_factory):
     others = {*SOUND} - {"TestSoundFile", "TestSoundWindow"}
     left = [f"--deselect={node}" for node in nodes(dict.fromkeys(others, "|".join(IN_A_MODEL)))]
     command = [
-        sys.executable, "-m", "pytest", "-q", "--tb=native", f"--rootdir={TESTS.parent}", f"--junitxml={report}",
+        sys.executable, "-m", "pytest", "-q", "--tb=native", "--hypothesis-profile=unshrunk",
+        f"--rootdir={TESTS.parent}", f"--junitxml={report}",
     ]  # fmt: skip
     done = subprocess.run(
         [*command, *wanted, *left], cwd=TESTS.parent, env=environment, capture_output=True, text=True, check=False
