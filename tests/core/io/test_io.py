@@ -245,3 +245,18 @@ def test_a_file_that_refuses_later_is_read_and_written_buffered(tmp_path, monkey
     assert get(storage, extent) == b"abc"
     assert once.operations == ["pwrite", "pwrite"]
     storage.close()
+
+
+def test_a_user_that_is_collected_while_another_comes_ends_no_threads_of_it(monkeypatch, workers):
+    """The lock can be entered by its own thread, as the garbage collector does."""
+    first, join = scheduler_of(None), scheduler_module._Workers.join
+
+    def collected(self):
+        first.release()
+        return join(self)
+
+    monkeypatch.setattr(scheduler_module._Workers, "join", collected)
+    second = scheduler_of(None)
+    assert second.submit(lambda: 7).result() == 7
+    second.release()
+    assert workers() == []

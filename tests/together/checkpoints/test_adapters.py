@@ -43,7 +43,7 @@ KINDS = {
         "streamed",
     ),
     "some layers": (lambda: lora(layers_to_transform=[1]), "streamed"),
-    "DoRA": (lambda: lora(use_dora=True), "streamed"),
+    "DoRA": (lambda: lora(use_dora=True), "whole"),
     "PiSSA": (lambda: lora(init_lora_weights="pissa"), "whole"),
     "OLoRA": (lambda: lora(init_lora_weights="olora"), "whole"),
     "bias of all": (lambda: lora(bias="all"), "whole"),

@@ -88,8 +88,8 @@ def test_a_cache_that_cannot_have_its_buffers_leaves_nothing_behind(model, tmp_p
     from ollm.io import buffers
 
     class Full(type(ledger)):
-        def try_claim(self, purpose, nbytes, device):
-            return None if purpose == "Read buffers" else super().try_claim(purpose, nbytes, device)
+        def _claim(self, purpose, nbytes, device):
+            return None if purpose == "Read buffers" else super()._claim(purpose, nbytes, device)
 
     full = Full()
     monkeypatch.setattr(buffers, "ledger", full)

@@ -65,6 +65,7 @@ turns = st.builds(lambda first, more: [first, *more], turn_of(["prompt"]), st.li
 )
 @given(turns=turns, strategy=st.sampled_from(sorted(STRATEGIES)), casts=st.booleans())
 def test_every_order_of_modes_is_right(model, tmp_path_factory, turns, strategy, casts):
+    casts = casts and not hasattr(model.config, "num_experts_per_tok")  # another rounding may choose another expert
     stock, expected = stock_cache(model), []
     with torch.no_grad():
         for number, (turn, _, cast) in enumerate(turns):

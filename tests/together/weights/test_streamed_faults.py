@@ -18,6 +18,7 @@ from ollm.errors import ConfigurationError, DeviceError, MemoryLimitError, Model
 from ollm.io import shim
 from ollm.io.ledger import MemoryLedger
 from ollm.testing.faults import FaultyDisk, fails
+from ollm.weights.absent import AbsentWeight
 from together.comparison import tokens
 from together.streamed_models import load, longer, save_checkpoint, stock
 
@@ -85,17 +86,37 @@ def test_a_read_that_fails_in_the_middle_of_a_generation(original, expected, mon
 def test_of_a_placement_that_cannot_be_read_the_truth_is_recorded(original, expected, monkeypatch):
     o = streamed(original)
     o.offload_layers_to_cpu(4, policy="prefix")
+    read = o._streamer._memory.read
     disk = FaultyDisk(fails(errno.EIO), 0, lasting=True, only=frozenset({"pread_into"}))
-    monkeypatch.setattr(shim, "disk", disk)
+
+    def none_comes(*args):
+        monkeypatch.setattr(shim, "disk", disk)
+        return read(*args)
+
+    monkeypatch.setattr(o._streamer._memory, "read", none_comes)
     with pytest.raises(WeightsError, match="Cannot read"):
         o.offload_layers_to_cpu(4, policy="suffix")
-    on_disk = [layer.mlp.up_proj.weight.device.type == "meta" for layer in o.model.model.layers]
+    monkeypatch.setattr(o._streamer._memory, "read", read)
+    on_disk = [isinstance(layer.mlp.up_proj.weight, AbsentWeight) for layer in o.model.model.layers]
     assert o.placement.tiers == tuple("disk" if gone else "device" for gone in on_disk) == ("disk",) * 8
     assert (o.placement.resident_bytes, o.placement.resolved_policy) == (0, "prefix")
     assert o.placement.streamed_bytes == sum(o._streamer.layer_bytes)
     disk.heal()
     assert torch.equal(generate(o), expected)
     assert o.offload_layers_to_cpu(4, policy="suffix").tiers == ("disk",) * 4 + ("device",) * 4
+
+
+def test_layers_that_cannot_be_compared_stay_where_they_are(original, expected, monkeypatch):
+    o = streamed(original)
+    record = o.offload_layers_to_cpu(4, policy="prefix")
+    generate(o)
+    disk = FaultyDisk(fails(errno.EIO), 0, lasting=True, only=frozenset({"pread_into"}))
+    monkeypatch.setattr(shim, "disk", disk)
+    with pytest.raises(WeightsError, match="Cannot read"):
+        o.offload_layers_to_cpu(4, policy="suffix")
+    assert o.placement == record
+    disk.heal()
+    assert torch.equal(generate(o), expected)
 
 
 def test_reads_that_fail_while_loading(folder, monkeypatch):

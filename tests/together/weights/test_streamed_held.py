@@ -237,7 +237,7 @@ def test_a_layer_that_was_changed_in_memory_does_not_leave_it(checkpoint, truth,
     for count in (1, 0):
         with pytest.raises(WeightsError, match=r"layers\.1\.mlp\.up_proj\.weight was changed while its layer was in"):
             o.offload_layers_to_cpu(count, policy="prefix")
-        assert o.placement is record
+        assert o.placement == record
         assert torch.equal(o.model(IDS).logits, truth(IDS).logits)
     for count in (2, LAYERS):  # where it stays
         o.offload_layers_to_cpu(count, policy="prefix")

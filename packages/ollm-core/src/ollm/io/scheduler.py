@@ -181,7 +181,8 @@ def scheduler_of(folder: Path | None) -> IOScheduler:
     """
     key = (os.getpid(), shim.disk.stat(folder).st_dev if folder is not None else None)  # a forked child has no threads
     with _lock:
-        found = _schedulers.get(key)
-        if found is None:
-            found = _schedulers[key] = _Workers(key)
-        return IOScheduler(found)
+        while True:
+            workers = _schedulers.setdefault(key, _Workers(key))
+            scheduler = IOScheduler(workers)
+            if _schedulers.get(key) is workers:  # else the last user was collected meanwhile, in this very thread
+                return scheduler

@@ -202,6 +202,8 @@ def _why_whole(config: Any, tensors: Iterable[str]) -> str:
         return f"adapters of the kind {getattr(config.peft_type, 'value', config.peft_type)} may change them"
     if config.init_lora_weights not in _STREAMED_INITS:
         return f"its adapter began with {brief(config.init_lora_weights)}, which changes them"
+    if config.use_dora:
+        return "its adapter has use_dora=True, for which their norms are taken when it is loaded"
     if config.bias != "none":
         return f"its adapter has bias={config.bias!r}, which changes them"
     if getattr(config, "target_parameters", None):

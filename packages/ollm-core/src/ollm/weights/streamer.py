@@ -98,8 +98,9 @@ class WeightStreamer:
 
         Raises:
             MemoryLimitError: it does not fit; nothing was changed.
-            WeightsError: a layer that is to leave memory was changed there by somebody; nothing was changed. Or a
-                layer cannot be read: what was to be kept is kept, all other layers are on disk.
+            WeightsError: a layer that is to leave memory was changed there by somebody, or cannot be compared with
+                what the files hold; nothing was changed. Or a layer that comes cannot be read: what was to be kept
+                is kept, all other layers are on disk.
         """
         with self._alone(reads=True), torch.inference_mode(False):
             self._leave()
@@ -109,9 +110,9 @@ class WeightStreamer:
             coming = [index for index in wanted if index not in memory.held or index in going]
             self._check_room(coming, going, wanted)
             self._checkpoint.check_identity()
-            memory.stop()
             for index in filter(self._bound_for_good, going):
                 self._bindings[index].check_unchanged(memory.held[index].buffer, memory.read_again(index))
+            memory.stop()
             self.before_first = None
             for index in going:
                 self._drop(index)
