@@ -175,7 +175,7 @@ def test_version():
     assert CliRunner().invoke(app, ["--version"]).stdout == f"ollm {__version__}\n"
 
 
-@pytest.mark.parametrize("command", [[], ["plugins"], ["doctor"], ["bench"]])
+@pytest.mark.parametrize("command", [[], ["plugins"], ["doctor"]])
 def test_help_has_a_short_form(command):
     long, short = (CliRunner().invoke(app, [*command, option]) for option in ("--help", "-h"))
     assert long.exit_code == short.exit_code == 0
