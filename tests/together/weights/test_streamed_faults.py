@@ -110,12 +110,14 @@ def test_layers_that_cannot_be_compared_stay_where_they_are(original, expected, 
     o = streamed(original)
     record = o.offload_layers_to_cpu(4, policy="prefix")
     generate(o)
-    disk = FaultyDisk(fails(errno.EIO), 0, lasting=True, only=frozenset({"pread_into"}))
-    monkeypatch.setattr(shim, "disk", disk)
+
+    def cannot(index):
+        raise WeightsError(f"Cannot read layer {index}")
+
+    monkeypatch.setattr(o._streamer._memory, "read_again", cannot)
     with pytest.raises(WeightsError, match="Cannot read"):
         o.offload_layers_to_cpu(4, policy="suffix")
     assert o.placement == record
-    disk.heal()
     assert torch.equal(generate(o), expected)
 
 
